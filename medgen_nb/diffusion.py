@@ -6,17 +6,21 @@
 __all__ = ['KINDS', 'Predict', 'linear_betas', 'alpha_bars', 'cosine_betas', 'add_noise', 'posterior', 'target', 'to_x0',
            'to_eps', 'kind_of', 'abar_at', 'Noised', 'draw_noised', 'diffusion_loss', 'sample', 'guide', 'revise']
 
-# %% ../nbs/03_diffusion.ipynb #ce736ec6
+# %% ../nbs/03_diffusion.ipynb #227d4eb2
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
+
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", message="IProgress")   # without ipywidgets the bar is plain text, which is fine
+    from tqdm.auto import tqdm
 
 import torch
 import torch.nn.functional as F
 from diffusers import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
-from tqdm.auto import tqdm
 
-# %% ../nbs/03_diffusion.ipynb #3d930d76
+# %% ../nbs/03_diffusion.ipynb #20f4189a
 def linear_betas(
     steps: int,           # number of diffusion steps T
     first: float = 1e-4,  # beta of the first step (Ho et al. 2020, section 4)
@@ -25,14 +29,14 @@ def linear_betas(
     "Variances of the single noising steps, growing in a straight line (Ho et al. 2020, section 4). Equal to diffusers' `linear`."
     return torch.linspace(first, last, steps, dtype=torch.float32)
 
-# %% ../nbs/03_diffusion.ipynb #c9ed6f67
+
 def alpha_bars(
     betas: torch.Tensor,  # (steps,) variances of the single steps
 ) -> torch.Tensor:        # (steps,) falling from nearly 1 to nearly 0
     "Share of the data's variance left after each step: the running product of 1 - beta (Ho et al. 2020, equation 4)."
     return torch.cumprod(1 - betas, dim=0)
 
-# %% ../nbs/03_diffusion.ipynb #37b9125b
+# %% ../nbs/03_diffusion.ipynb #75248774
 def cosine_betas(
     steps: int,               # number of diffusion steps T
     s: float = 0.008,         # offset at the clean end (Nichol & Dhariwal 2021, section 3.2)
@@ -43,13 +47,13 @@ def cosine_betas(
     wanted = torch.cos((u + s) / (1 + s) * torch.pi / 2) ** 2
     return (1 - wanted[1:] / wanted[:-1]).clamp(max=max_beta).float()
 
-# %% ../nbs/03_diffusion.ipynb #5e93b873
+# %% ../nbs/03_diffusion.ipynb #8b9cd850
 def _spread(abar_t: torch.Tensor | float, x: torch.Tensor) -> torch.Tensor:
     "abar_t with ones appended to its shape, so that it broadcasts from the left over x."
     abar_t = torch.as_tensor(abar_t, dtype=x.dtype, device=x.device)
     return abar_t.reshape(abar_t.shape + (1,) * (x.ndim - abar_t.ndim))
 
-# %% ../nbs/03_diffusion.ipynb #02878d5f
+
 def add_noise(
     x0: torch.Tensor,              # (batch, ...) clean data, variance near 1
     eps: torch.Tensor,             # like x0, standard normal
@@ -59,7 +63,7 @@ def add_noise(
     abar_t = _spread(abar_t, x0)
     return abar_t.sqrt() * x0 + (1 - abar_t).sqrt() * eps
 
-# %% ../nbs/03_diffusion.ipynb #46cd23a0
+# %% ../nbs/03_diffusion.ipynb #dda8e1e7
 def posterior(
     xt: torch.Tensor,              # (batch, ...) noised data
     x0: torch.Tensor,              # like xt, the clean data, or a guess of it
@@ -72,14 +76,14 @@ def posterior(
     mean = (abar_s.sqrt() * (1 - alpha) * x0 + alpha.sqrt() * (1 - abar_s) * xt) / (1 - abar_t)
     return mean, (1 - abar_s) * (1 - alpha) / (1 - abar_t)
 
-# %% ../nbs/03_diffusion.ipynb #d7ca5e8e
+# %% ../nbs/03_diffusion.ipynb #7cc4764b
 KINDS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}  # diffusers' `prediction_type` -> our word
 
 
 def _unknown(kind: str) -> ValueError:
     return ValueError(f"a network's prediction is of kind {', '.join(KINDS.values())}, not {kind!r}; correct the kind")
 
-# %% ../nbs/03_diffusion.ipynb #dceb83a0
+
 def target(
     x0: torch.Tensor,              # (batch, ...) clean data
     eps: torch.Tensor,             # like x0, the noise that was added
@@ -93,7 +97,7 @@ def target(
     if kind == "v": return abar_t.sqrt() * eps - (1 - abar_t).sqrt() * x0
     raise _unknown(kind)
 
-# %% ../nbs/03_diffusion.ipynb #8e1fd890
+# %% ../nbs/03_diffusion.ipynb #f694a653
 def to_x0(
     xt: torch.Tensor,              # (batch, ...) noised data
     prediction: torch.Tensor,      # like xt, what the network said
@@ -107,7 +111,7 @@ def to_x0(
     if kind == "v": return abar_t.sqrt() * xt - (1 - abar_t).sqrt() * prediction
     raise _unknown(kind)
 
-# %% ../nbs/03_diffusion.ipynb #4d91a112
+
 def to_eps(
     xt: torch.Tensor,              # (batch, ...) noised data
     prediction: torch.Tensor,      # like xt, what the network said
@@ -121,7 +125,7 @@ def to_eps(
     if kind == "v": return abar_t.sqrt() * prediction + (1 - abar_t).sqrt() * xt
     raise _unknown(kind)
 
-# %% ../nbs/03_diffusion.ipynb #03d62588
+# %% ../nbs/03_diffusion.ipynb #cea510db
 def kind_of(
     scheduler: SchedulerMixin,  # a diffusers scheduler
 ) -> str:                       # eps, x0 or v
@@ -130,7 +134,7 @@ def kind_of(
         raise _unknown(scheduler.config.prediction_type)
     return KINDS[scheduler.config.prediction_type]
 
-# %% ../nbs/03_diffusion.ipynb #bac4ba1c
+
 def abar_at(
     scheduler: SchedulerMixin,  # a diffusers scheduler
     t: torch.Tensor,            # () or (batch,) whole numbers from 0 (least noise) to T - 1
@@ -138,7 +142,7 @@ def abar_at(
     "The share of data left at time t in this scheduler's schedule."
     return scheduler.alphas_cumprod.to(t.device)[t]
 
-# %% ../nbs/03_diffusion.ipynb #0c5821e6
+# %% ../nbs/03_diffusion.ipynb #1a982cd2
 class Noised(NamedTuple):
     "Data made noisy at random times, and how."
     xt: torch.Tensor      # (batch, ...) noised data
@@ -146,7 +150,7 @@ class Noised(NamedTuple):
     eps: torch.Tensor     # like xt, the noise that was added
     abar_t: torch.Tensor  # (batch,) share of data left
 
-# %% ../nbs/03_diffusion.ipynb #d13a03ba
+
 def draw_noised(
     x0: torch.Tensor,           # (batch, ...) clean data, variance near 1
     scheduler: SchedulerMixin,  # its number of steps and its schedule are used
@@ -156,7 +160,7 @@ def draw_noised(
     eps, abar_t = torch.randn_like(x0), abar_at(scheduler, t)
     return Noised(add_noise(x0, eps, abar_t), t, eps, abar_t)
 
-# %% ../nbs/03_diffusion.ipynb #32b573de
+
 Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (xt, t (batch,)) -> prediction, like xt
 
 
@@ -169,7 +173,7 @@ def diffusion_loss(
     noised = draw_noised(x0, scheduler)
     return F.mse_loss(predict(noised.xt, noised.t), target(x0, noised.eps, noised.abar_t, kind_of(scheduler)))
 
-# %% ../nbs/03_diffusion.ipynb #029cc932
+# %% ../nbs/03_diffusion.ipynb #70e1d270
 def _descend(predict: Predict, scheduler: SchedulerMixin, xt: torch.Tensor, times: torch.Tensor, generator: torch.Generator | None,
              before: Callable | None, progress: bool) -> torch.Tensor:
     "Follow the scheduler from xt through the times."
@@ -179,7 +183,7 @@ def _descend(predict: Predict, scheduler: SchedulerMixin, xt: torch.Tensor, time
         xt = scheduler.step(prediction, t, xt, generator=generator).prev_sample
     return xt
 
-# %% ../nbs/03_diffusion.ipynb #61293fc7
+
 @torch.no_grad()
 def sample(
     predict: Predict,                         # the network, its condition and guidance already filled in
@@ -196,7 +200,7 @@ def sample(
     xt = randn_tensor(tuple(shape), generator=generator, device=torch.device(device)) * scheduler.init_noise_sigma
     return _descend(predict, scheduler, xt, scheduler.timesteps, generator, before, progress)
 
-# %% ../nbs/03_diffusion.ipynb #33ccc3ef
+# %% ../nbs/03_diffusion.ipynb #b66a4fc6
 def guide(
     conditional: torch.Tensor,    # (batch, ...) prediction when told the condition
     unconditional: torch.Tensor,  # like conditional, prediction when not told
@@ -205,7 +209,7 @@ def guide(
     "Classifier-free guidance (Ho & Salimans 2022, equation 6 with w = scale - 1); eps, x0 or v alike."
     return unconditional + scale * (conditional - unconditional)
 
-# %% ../nbs/03_diffusion.ipynb #31153f06
+# %% ../nbs/03_diffusion.ipynb #83d0fb66
 @torch.no_grad()
 def revise(
     predict: Predict,                         # the network, its condition and guidance already filled in

@@ -11,6 +11,7 @@ __all__ = ['SCALES', 'PAGE', 'accept', 'override', 'flat_config', 'parse_setting
 from .data import find_data, home
 from .ledger import Claim, Run, append_run, claims_table, code_state, hardware, read_runs
 from .metrics import Estimate, flatten
+from .training import accelerate
 
 # %% ../nbs/08_experiments.ipynb #38e5ce86
 import base64
@@ -204,6 +205,7 @@ def open_experiment(
     "Check everything; write nothing yet. Raises `ValueError` or `FileNotFoundError` with one line that says what is wrong."
     overrides = dict(overrides or {})
     config = plan(Config, ablations, readers, scale, name, data, root, overrides)
+    accelerate(device, "auto")   # an unknown device, or a GPU that is not there, is found now
     if type(seed) is not int or seed < 0:
         raise ValueError(f"seed must be a whole number >= 0, got {seed!r}")
     folder = Path(out).resolve() if out else default_folder(room, name, scale, data, seed, overrides)

@@ -16,7 +16,7 @@ def attend(
     q: torch.Tensor,                    # (batch, heads, queries, dim)
     k: torch.Tensor,                    # (batch, heads, keys, dim)
     v: torch.Tensor,                    # (batch, heads, keys, dim)
-    bias: torch.Tensor | None = None,   # added to the scores; broadcasts to (batch, heads, queries, keys); -inf forbids; may be learned
+    bias: torch.Tensor | None = None,   # added to scores (batch, heads, queries, keys), 2 axes or more; -inf forbids
 ) -> torch.Tensor:                      # (batch, heads, queries, dim)
     "Mean of the values, weighted by softmax(q k' / sqrt(dim) + bias)."
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
@@ -47,7 +47,8 @@ class Attention(nn.Module):
     ):
         super().__init__()
         if width % heads:
-            raise ValueError(f"attention of width {width} cannot be cut into {heads} heads: choose a width that is a multiple of the heads")
+            raise ValueError(f"attention of width {width} cannot be cut into {heads} heads: "
+                             "choose a width that is a multiple of the heads")
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
@@ -55,7 +56,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x: torch.Tensor,                   # (batch, tokens, width)
-        bias: torch.Tensor | None = None,  # added to the scores; broadcasts to (batch, heads, tokens, tokens)
+        bias: torch.Tensor | None = None,  # added to scores (batch, heads, tokens, tokens), 2 axes or more
     ) -> torch.Tensor:                     # (batch, tokens, width)
         "Let every token read all tokens."
         q, k, v = (split_heads(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))  # each (batch, heads, tokens, dim)
@@ -64,7 +65,7 @@ class Attention(nn.Module):
 
 # %% ../nbs/02_layers.ipynb #b7aac236
 class LinearAttention(Attention):
-    "Self-attention at linear cost: every token reads `rank` learned mixtures of all tokens (Linformer, Wang et al. 2020). Raises `ValueError` for another length."
+    "Every token reads `rank` learned mixtures of all tokens (Linformer, Wang et al. 2020). `ValueError` for another length."
 
     def __init__(
         self,
@@ -84,14 +85,16 @@ class LinearAttention(Attention):
         "Let every token read the mixtures."
         rank, length = self.squeeze.shape[1:]
         if x.shape[1] != length:
-            raise ValueError(f"this linear attention was built for {length} tokens and got {x.shape[1]}: build one with length={x.shape[1]}, or use Attention")
+            raise ValueError(f"this linear attention was built for {length} tokens and got {x.shape[1]}: "
+                             f"build one with length={x.shape[1]}, or use Attention")
         if bias is not None:
-            raise ValueError("linear attention compares tokens with mixtures, so a bias for pairs of tokens has no meaning here: use Attention")
+            raise ValueError("linear attention compares tokens with mixtures, so a bias for pairs of tokens has no meaning: "
+                             "use Attention")
         (wq, wk, wv), (bq, bk, bv) = self.qkv.weight.chunk(3), self.qkv.bias.chunk(3)
-        for_keys, for_values = (self.squeeze.flatten(0, 1) @ x).chunk(2, dim=1)                                # each (batch, rank, width)
-        q, k, v = F.linear(x, wq, bq), F.linear(for_keys, wk, bk), F.linear(for_values, wv, bv)                # (batch, length | rank, width)
-        read = attend(split_heads(q, self.heads), split_heads(k, self.heads), split_heads(v, self.heads))      # (batch, heads, length, dim)
-        return self.out(join_heads(read))                                                                      # (batch, length, width)
+        for_k, for_v = (self.squeeze.flatten(0, 1) @ x).chunk(2, dim=1)                    # each (batch, rank, width)
+        qkv = F.linear(x, wq, bq), F.linear(for_k, wk, bk), F.linear(for_v, wv, bv)        # q has length tokens, k and v rank
+        read = attend(*(split_heads(part, self.heads) for part in qkv))                    # (batch, heads, length, dim)
+        return self.out(join_heads(read))                                                  # (batch, length, width)
 
 # %% ../nbs/02_layers.ipynb #de9a48c7
 class MLP(nn.Module):
@@ -195,7 +198,8 @@ class Block(nn.Module):
     ) -> torch.Tensor:                     # (batch, tokens, width)
         "Listen, then think."
         if (cond is None) != (self.cond_width is None):
-            raise ValueError(f"this block was built with cond_width={self.cond_width} and got {'no' if cond is None else 'a'} condition: make the two agree")
+            raise ValueError(f"this block was built with cond_width={self.cond_width} and got "
+                             f"{'no' if cond is None else 'a'} condition: make the two agree")
         if cond is None:
             x = x + self.attention(self.norm1(x), bias)     # (batch, tokens, width)
             return x + self.mlp(self.norm2(x))              # (batch, tokens, width)

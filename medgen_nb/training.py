@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['LOG_EVERY', 'FitConfig', 'learning_rate', 'step_seed', 'copies', 'Training', 'averaged', 'tensors_of',
-           'save_training', 'restore_training', 'accelerate', 'update', 'take_step', 'log_step', 'fit',
-           'package_imports', 'code_hash', 'stages_folder', 'Stage', 'fit_stage', 'list_stages', 'prune_stages']
+           'save_training', 'restore_training', 'accelerate', 'update', 'take_step', 'log_step', 'fit', 'is_module',
+           'package_imports', 'code_hash', 'stages_folder', 'Stage', 'keep_stage', 'fit_stage', 'list_stages',
+           'prune_stages']
 
 # %% ../nbs/05_training.ipynb #40019533
 from .data import home
@@ -328,6 +329,14 @@ def fit(
     training.finish()
 
 # %% ../nbs/05_training.ipynb #0ac3911e
+def is_module(name: str) -> bool:
+    "Whether a full name is an importable module (and not, say, a function in one)."
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
+# %% ../nbs/05_training.ipynb #a7a306e7
 def package_imports(
     module: str,       # full name, as in sys.modules
     tree: ast.Module,  # its parsed source
@@ -340,7 +349,7 @@ def package_imports(
             found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-    return {name for name in found if name.startswith(package + ".") and importlib.util.find_spec(name)} if package else set()
+    return {name for name in found if name.startswith(package + ".") and is_module(name)}
 
 # %% ../nbs/05_training.ipynb #30734d9b
 def code_hash(
@@ -398,21 +407,6 @@ class Stage:
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         return FileLock(f"{self.folder}.lock")
 
-    def keep(
-        self,
-        save: Callable[[Path], object],  # writes the result into the folder it is given
-        **facts,                         # what else to remember, e.g. history, seconds
-    ) -> None:
-        "Keep the result; it appears whole or not at all."
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self.folder.parent, prefix=".writing-", ignore_cleanup_errors=True) as writing:
-            content = Path(writing) / "stage"
-            content.mkdir()
-            save(content)
-            (content / "stage.json").write_text(json.dumps(self.facts | facts, default=asdict), encoding="utf-8")
-            if not self.folder.exists():
-                os.replace(content, self.folder)
-
     @property
     def memory(self) -> dict:
         "What was remembered beside the result: history, seconds, ...; reading it marks the stage as used."
@@ -421,6 +415,22 @@ class Stage:
         return json.loads(file.read_text(encoding="utf-8"))
 
 # %% ../nbs/05_training.ipynb #6db9854d
+def keep_stage(
+    stage: Stage,                    # whose result it is
+    save: Callable[[Path], object],  # writes the result into the folder it is given
+    **facts,                         # what else to remember, e.g. history, seconds
+) -> None:
+    "Keep a stage's result; it appears whole or not at all."
+    stage.folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=stage.folder.parent, prefix=".writing-", ignore_cleanup_errors=True) as writing:
+        content = Path(writing) / "stage"
+        content.mkdir()
+        save(content)
+        (content / "stage.json").write_text(json.dumps(stage.facts | facts, default=asdict), encoding="utf-8")
+        if not stage.folder.exists():
+            os.replace(content, stage.folder)
+
+# %% ../nbs/05_training.ipynb #ea31bd54
 def fit_stage(
     stage: Stage,                        # which; its `work` folder holds the checkpoints
     model: nn.Module,                    # ends with the stage's weights
@@ -440,7 +450,8 @@ def fit_stage(
             if training is None:   # killed after its last checkpoint and before its result was kept
                 training = Training(model, config, stage.seed, adversary)
                 restore_training(training, stage.work)
-            stage.keep(lambda folder: save_file(copies(model.state_dict()), folder / "model.safetensors"),
+                training.finish()
+            keep_stage(stage, lambda folder: save_file(copies(model.state_dict()), folder / "model.safetensors"),
                        history=training.history, seconds=training.seconds)
     model.to(accelerate(device, config.precision).device)
     model.load_state_dict(load_file(stage.folder / "model.safetensors"))

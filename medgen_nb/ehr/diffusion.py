@@ -132,7 +132,7 @@ class CodeBridge(CodeNoise):
 
 # %% ../../nbs/31_ehr_diffusion.ipynb #530e3f64
 VISITS = 10           # draw t uniformly until every t was seen this often (as the parent)
-MEMORY = 0.9          # share of the old mean square that an update keeps (as the parent)
+MEMORY = 0.99         # share of the old mean square that an update keeps: L_t squared has rare, large values, and needs a long memory
 UNIFORM_SHARE = 0.05  # of the draws stay uniform: no weight 1 / (T p) exceeds 1 / 0.05 = 20, whatever was learned
 
 
@@ -265,7 +265,8 @@ class MultinomialScheduler(SchedulerMixin, ConfigMixin):
 
     def set_timesteps(self, num_inference_steps: int) -> None:
         "Visit 1..T evenly spaced times from T-1 down to 0 (one step: T-1 alone, then the record). `ValueError` outside 1..T."
-        if not 1 <= num_inference_steps <= (trained := self.config.num_train_timesteps):
+        trained = self.config.num_train_timesteps
+        if not 1 <= num_inference_steps <= trained:
             raise ValueError(f"can sample in 1..{trained} steps, as many as were trained, not {num_inference_steps}; ask for fewer")
         self.timesteps = torch.linspace(trained - 1, 0, num_inference_steps, dtype=torch.float64).round().long()
 

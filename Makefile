@@ -1,0 +1,29 @@
+# make demo: every room at demo scale, then runs/report.html · make test: all tests · make lab: JupyterLab on nbs/
+# Each sets up .venv itself when it is missing or older than the package's description.
+
+PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
+	$$p -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))" 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: demo test lab
+.DEFAULT_GOAL := demo
+
+$(READY): settings.ini setup.py pyproject.toml
+	@test -n "$(PYTHON)" || { echo "medgen-nb needs Python 3.11 or 3.12: install one, or name it with make PYTHON=/path/to/python3.12"; exit 1; }
+	@echo "setting up .venv with $(PYTHON): about 5 GB of packages, a few minutes the first time"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+demo: $(READY)
+	@rm -rf runs/demo
+	@for room in $$($(BIN)/medgen list --names); do \
+		$(BIN)/medgen run $$room --scale demo --out runs/demo/$$room && $(BIN)/medgen report runs/demo/* || exit 1; done
+
+test: $(READY)
+	OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(BIN)/nbdev-test --n_workers 2
+	$(BIN)/python -m pytest
+
+lab: $(READY)
+	$(BIN)/jupyter lab nbs/
