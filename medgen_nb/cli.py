@@ -7,7 +7,6 @@ __all__ = ['ROOMS', 'rooms', 'load', 'notebook_of', 'Mistake', 'told', 'main', '
            'known_runs', 'sweep', 'record', 'report', 'keywords', 'generate', 'check_data', 'stages']
 
 # %% ../nbs/80_command.ipynb #e4226ba0
-import dataclasses
 import importlib
 import importlib.util
 import inspect

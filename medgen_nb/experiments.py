@@ -9,7 +9,7 @@ __all__ = ['SCALES', 'PAGE', 'accept', 'override', 'flat_config', 'parse_setting
 
 # %% ../nbs/08_experiments.ipynb #8f2a5bdd
 from .data import find_data, home
-from .ledger import Claim, Run, append_run, claims_table, code_state, hardware, read_runs
+from .ledger import Claim, Run, append_run, claims_table, code_state, hardware
 from .metrics import Estimate, flatten
 from .training import accelerate
 
@@ -31,8 +31,7 @@ from pathlib import Path
 
 import jinja2
 import joblib
-import nbformat
-import papermill
+import numpy as np
 import torch
 import yaml
 from accelerate.utils import set_seed
@@ -173,7 +172,7 @@ class Experiment:
     def __init__(self, room: str, scale: str, seed: int, name: str, data: str, root: Path | None, out: Path, device: str, overrides: dict, config):
         self.room, self.scale, self.seed, self.name, self.data, self.root = room, scale, seed, name, data, root
         self.out, self.device, self.overrides, self.config = out, device, overrides, config
-        self.started = time.perf_counter()
+        self.started, (self.commit, self.clean) = time.perf_counter(), code_state()   # of the code as it is when the run begins
 
     @property
     def facts(self) -> dict:
@@ -205,7 +204,7 @@ def open_experiment(
     "Check everything; write nothing yet. Raises `ValueError` or `FileNotFoundError` with one line that says what is wrong."
     overrides = dict(overrides or {})
     config = plan(Config, ablations, readers, scale, name, data, root, overrides)
-    accelerate(device, "auto")   # an unknown device, or a GPU that is not there, is found now
+    accelerate(device)   # an unknown device, or a GPU that is not there, is found now
     if type(seed) is not int or seed < 0:
         raise ValueError(f"seed must be a whole number >= 0, got {seed!r}")
     folder = Path(out).resolve() if out else default_folder(room, name, scale, data, seed, overrides)
@@ -262,11 +261,11 @@ def finish(
     meaning: Mapping[str, str],                        # metric -> what it measures, for readers of the report
 ) -> Run:
     "Write metrics.json and run.json, add the row to runs/ledger.jsonl; returns the row."
-    commit, clean = code_state()
     row = Run(room=run.room, name=run.name, scale=run.scale, seed=run.seed, data=run.data, fingerprint=fingerprint,
               metrics=flatten(estimates), minutes=round((time.perf_counter() - run.started) / 60, 2), overrides=run.overrides,
-              replicates={name: [float(f"{r:.6g}") for r in e.replicates] for name, e in estimates.items() if isinstance(e, Estimate)},
-              commit=commit, clean=clean, hardware=hardware())
+              replicates={name: [float(f"{r:.6g}") if np.isfinite(r) else None for r in e.replicates]
+                          for name, e in estimates.items() if isinstance(e, Estimate)},
+              commit=run.commit, clean=run.clean, hardware=hardware())
     (run.out / "metrics.json").write_text(json.dumps(row.metrics, indent=1), encoding="utf-8")
     (run.out / "meaning.json").write_text(json.dumps(dict(meaning), indent=1), encoding="utf-8")
     if not run.finished:
@@ -283,6 +282,7 @@ def tidy(
     path: Path,  # an executed notebook
 ) -> None:
     "Take progress bars (stderr) and execution times out of a notebook's outputs; errors stay."
+    import nbformat   # here, like papermill below: a second of start-up that the run's own kernel need not pay
     notebook = nbformat.read(path, as_version=4)
     notebook.metadata.pop("papermill", None)
     for cell in notebook.cells:
@@ -298,6 +298,7 @@ def execute(
     parameters: Mapping[str, object],    # for the cell tagged `parameters`
 ) -> None:
     "Run a notebook headless. Raises `RunFailed` with the failing cell's error; the partly executed notebook stays."
+    import papermill
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         papermill.execute_notebook(str(notebook), str(target), parameters=dict(parameters), kernel_name="python3", cwd=str(target.parent),
@@ -395,6 +396,7 @@ td.number{white-space:nowrap;font-variant-numeric:tabular-nums} figure{margin:1.
 # %% ../nbs/08_experiments.ipynb #2ef3a1be
 def title_of(notebook: Path) -> tuple[str, str]:
     "Title and one-sentence subtitle from a notebook's first cell."
+    import nbformat
     lines = [line.strip() for line in nbformat.read(notebook, as_version=4).cells[0].source.splitlines() if line.strip()]
     pick = lambda mark: next((line.lstrip(mark).strip() for line in lines if line.startswith(mark)), "")
     return pick("#"), pick(">")

@@ -23,7 +23,6 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-import seaborn as sns
 import torch
 from filelock import FileLock
 from scipy.stats import spearmanr
@@ -45,6 +44,7 @@ COLOURS = {
 # %% ../nbs/07_ledger.ipynb #6946a74f
 def house_style() -> None:
     "One look for every figure of the house: seaborn on white, colour-blind safe, readable at notebook width."
+    import seaborn as sns   # here: a second of start-up that the command need not pay
     sns.set_theme(context="notebook", style="whitegrid", font_scale=0.85,
                   palette=[COLOURS[k] for k in ("ours", "baseline", "real", "accent", "floor")])
     mpl.rcParams.update({"figure.figsize": (7, 3), "figure.dpi": 90, "savefig.dpi": 110, "figure.constrained_layout.use": True,
@@ -206,7 +206,8 @@ def estimate_of(
     if value is None:
         return None
     get = lambda suffix, default: run.metrics.get(metric + suffix, default)
-    return Estimate(value, get("_lo", value), get("_hi", value), int(get("_n", 0) or 0), tuple(run.replicates.get(metric, (value,))))
+    return Estimate(value, get("_lo", value), get("_hi", value), int(get("_n", 0) or 0),
+                    tuple(float("nan") if r is None else r for r in run.replicates.get(metric, (value,))))
 
 # %% ../nbs/07_ledger.ipynb #31f2c51d
 MIN_SEEDS = 3      # fewer say nothing about luck

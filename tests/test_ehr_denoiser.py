@@ -8,7 +8,7 @@ from medgen_nb.ehr.denoiser import CodeLogits, EhrDenoiser
 from medgen_nb.ehr.diffusion import MultinomialDiffusion, MultinomialScheduler, sample
 
 CONFIG = dict(codes=6, classes=2, width=16, depth=2, heads=2, rank=3, attention="linear", mlp_ratio=2, steps=8,
-              schedule="cosine", times="uniform", objective="hybrid", ce_weight=0.05)
+              schedule="cosine", times="uniform", objective="hybrid", ce_weight=0.05, evidence=False)
 
 
 def make(**changes) -> EhrDenoiser:
@@ -141,3 +141,21 @@ def test_bad_records_are_refused(xt):
         make(objective="gan").loss({"codes": xt})
     with pytest.raises(ValueError, match="0..1"):
         make().loss({"codes": xt + 1})
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "geometric"])
+def test_untrained_with_evidence_is_bayes_for_single_codes(schedule):
+    model, prevalence = EhrDenoiser(**CONFIG | {"evidence": True, "schedule": schedule}), torch.tensor([0.01, 0.05, 0.1, 0.3, 0.5, 0.9])
+    model.start_at(prevalence)
+    xt, t = torch.randint(0, 2, (40, 6), generator=torch.Generator().manual_seed(0)), torch.arange(40) % 8
+    joint = model.diffusion.marginal(xt, t) * torch.stack([1 - prevalence, prevalence], -1).double()
+    torch.testing.assert_close(model(xt, t).double().softmax(-1), joint / joint.sum(-1, keepdim=True), atol=1e-5, rtol=1e-4)
+
+
+def test_model_with_evidence_learns_and_round_trips(tmp_path):
+    model = make(evidence=True)
+    model.loss({"codes": torch.randint(0, 2, (16, 6))}).backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+    model.save_pretrained(tmp_path)
+    xt, t = torch.randint(0, 2, (4, 6)), torch.arange(4)
+    assert torch.equal(EhrDenoiser.from_pretrained(tmp_path).eval()(xt, t), model.eval()(xt, t))

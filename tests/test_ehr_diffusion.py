@@ -84,7 +84,7 @@ def test_product_form_is_the_parents_where_x0_is_soft(parent):
 
 # ---- brute force
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "geometric"])
 @pytest.mark.parametrize("classes", [2, 3, 4])
 def test_posterior_is_bayes_by_matrices(classes, schedule):
     steps = 6

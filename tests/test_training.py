@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from medgen_nb import data as data_module
+from medgen_nb import training as training_module
 from medgen_nb.data import loader
 from medgen_nb.training import FitConfig, Stage, averaged, fit, fit_stage, learning_rate, list_stages, prune_stages, step_seed
 
@@ -123,6 +124,25 @@ def test_schedules_peak_at_lr(schedule):
 def test_unknown_settings_are_named(wrong, word):
     with pytest.raises(ValueError, match=word):
         list(fit(Net(), loader(POINTS, 8), FitConfig(steps=10, warmup=0, **wrong), device="cpu"))
+
+
+def test_precision_is_measured_once_and_kept(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(training_module, "faster_precision", lambda *a: asked.append(1) or "bf16")
+    config, model = FitConfig(steps=20, save_every=10), Net()
+    for state in fit(model, loader(POINTS, 8), config, folder=tmp_path, device="cpu"):
+        if state.step == 15:
+            break
+    assert state.precision == "bf16" and asked == [1]
+    *_, last = fit(Net(), loader(POINTS, 8), config, folder=tmp_path, device="cpu")
+    assert last.precision == "bf16" and asked == [1], "a resumed training keeps its choice"
+
+
+def test_measuring_leaves_the_model_alone():
+    model = Net().train()
+    before = [p.clone() for p in model.parameters()]
+    assert training_module.faster_precision(model, POINTS, None) in ("fp32", "bf16")
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters())) and all(p.grad is None for p in model.parameters())
 
 
 def test_save_every_must_fit_the_history():

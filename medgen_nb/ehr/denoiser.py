@@ -30,14 +30,15 @@ class RecordTokens(nn.Module):
 
     def forward(
         self,
-        xt: torch.Tensor,  # (batch, N) int64, noisy record
+        xt: torch.Tensor,  # (batch, N) int64, noisy record; or (batch, N, K), how much each category is believed in
         t: torch.Tensor,   # (batch,) int64, 0...T-1
     ) -> torch.Tensor:     # (batch, N, width)
-        "Look up and add."
+        "Look up (or mix) and add."
         if xt.shape[1] != len(self.code.weight):
             raise ValueError(f"this denoiser was built for records of {len(self.code.weight)} codes and got {xt.shape[1]}: "
                              "use the vocabulary that it was trained with")
-        return self.value(xt) + self.code.weight + self.time(t)[:, None]
+        value = xt @ self.value.weight if xt.is_floating_point() else self.value(xt)
+        return value + self.code.weight + self.time(t)[:, None]
 
 # %% ../../nbs/32_ehr_denoiser.ipynb #89984c56
 class CodeContext(nn.Module):
@@ -124,10 +125,11 @@ class EhrDenoiser(ModelMixin, ConfigMixin):
         attention: str,    # 'linear' (the paper's LinMSA) or 'full'
         mlp_ratio: float,  # hidden width of the blocks' MLPs, in widths
         steps: int,        # T, noising steps
-        schedule: str,     # of the noise: 'cosine' or 'linear'
+        schedule: str,     # of the noise: 'cosine', 'linear' or 'geometric'
         times: str,        # how training draws t: 'uniform' or 'importance'
         objective: str,    # 'vlb', 'ce' or 'hybrid' (vlb + ce_weight * ce)
         ce_weight: float,  # weight of the cross-entropy in 'hybrid'
+        evidence: bool,    # whether each code's own evidence is computed (ours) or must be learned
     ):
         super().__init__()
         self.embed = RecordTokens(codes, classes, width)
@@ -137,9 +139,10 @@ class EhrDenoiser(ModelMixin, ConfigMixin):
 
     def forward(self, xt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         "Noisy record (batch, N) int64 at t (batch,) in 0...T-1 -> logits of the clean one (batch, N, K)."
-        h = self.embed(xt, t)           # (batch, N, width)
-        latent = self.contextualise(h)  # (batch, N, width)
-        return self.read_out(latent)    # (batch, N, K)
+        said = self.diffusion.marginal(xt, t).log().float() if self.config.evidence else None   # (batch, N, K) log q(xt | x0)
+        h = self.embed(xt if said is None else (self.read_out.start + said).softmax(-1), t)     # (batch, N, width)
+        latent = self.contextualise(h)                                                          # (batch, N, width)
+        return self.read_out(latent) + (0 if said is None else said)                            # (batch, N, K)
 
     def start_at(self, prevalence: torch.Tensor) -> None:
         "Begin at the training marginals, prevalence (N,) in 0...1; see `CodeLogits.start_at`."
