@@ -12,13 +12,13 @@ READY := .venv/ready
 $(READY): settings.ini setup.py pyproject.toml
 	@test -n "$(PYTHON)" || { echo "medgen-nb needs Python 3.11 or 3.12: install one, or name it with make PYTHON=/path/to/python3.12"; exit 1; }
 	@echo "setting up .venv with $(PYTHON): about 5 GB of packages, a few minutes the first time"
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
 demo: $(READY)
 	@rm -rf runs/demo
-	@for room in $$($(BIN)/medgen list --names); do \
+	@rooms=$$($(BIN)/medgen list --names) && test -n "$$rooms" && for room in $$rooms; do \
 		$(BIN)/medgen run $$room --scale demo --out runs/demo/$$room && $(BIN)/medgen report runs/demo/* || exit 1; done
 
 test: $(READY)

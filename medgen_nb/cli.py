@@ -10,8 +10,8 @@ __all__ = ['ROOMS', 'rooms', 'load', 'notebook_of', 'Mistake', 'told', 'main', '
 import importlib
 import importlib.util
 import inspect
-import json
 import sys
+import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,7 +54,7 @@ def told() -> Iterator[None]:
     from medgen_nb.data import BadRecord
     try:
         yield
-    except (ValueError, FileNotFoundError, BadRecord) as error:
+    except (ValueError, OSError, BadRecord) as error:
         raise Mistake(" ".join(str(error).split())) from None
 
 # %% ../nbs/80_command.ipynb #9ae48f60
@@ -111,19 +111,24 @@ def run(room: str, name: str, seed: int, out: str, scale: str, data: str, root: 
 
     A killed run is resumed by the same command. Exit code: 0 done, 1 a cell failed, 2 the command is wrong (nothing was written).
     """
-    from medgen_nb.experiments import RunFailed, begin, execute, open_experiment, parse_settings
+    from filelock import FileLock, Timeout
+    from medgen_nb.experiments import LOCK, RunFailed, begin, execute, open_experiment, parse_settings
     with told():
         what, overrides = load(room), parse_settings(settings)
         experiment = open_experiment(room, what.Config, what.ABLATIONS, what.READERS, scale, seed, name, data, root, out, device, overrides)
     if experiment.finished:
         click.echo(f"already finished: {experiment.out}  (remove the folder to run again)")
         return
+    with told():
+        begin(experiment)
     click.echo(f"{room}: {name}, {scale} scale, {data} data, seed {seed} -> {experiment.out}")
-    begin(experiment)
     parameters = {"scale": scale, "seed": seed, "name": name, "data": data, "root": str(experiment.root or ""), "out": str(experiment.out),
                   "device": device, "overrides": overrides}
     try:
-        execute(notebook_of(room), experiment.out / "notebook.ipynb", parameters)
+        with FileLock(experiment.out / LOCK, timeout=0):
+            execute(notebook_of(room), experiment.out / "notebook.ipynb", parameters)
+    except Timeout:
+        raise Mistake(f"another process is running {experiment.out}; wait for it, or choose another --out") from None
     except RunFailed as failure:
         raise click.ClickException(str(failure)) from None
     show_metrics(experiment.out)
@@ -162,9 +167,10 @@ def sweep(room: str, names: str, seeds: str, jobs: int, scale: str, data: str, r
         pairs = [(name, int(seed)) for name in (names.split(",") if names else what.ABLATIONS) for seed in seeds.split(",")]
         planned = [experiments.open_experiment(room, what.Config, what.ABLATIONS, what.READERS, scale, seed, name, data, root, "", device, overrides)
                    for name, seed in pairs]
-    known, commands = known_runs(), {}
+        known = known_runs()
+    commands = {}
     for one in planned:
-        if (room, one.name, scale, one.seed, data, json.dumps(overrides, sort_keys=True)) in known:
+        if (room, one.name, scale, one.seed, data, one.config_hash) in known:
             click.echo(f"skip   {one.out.name} (in the ledger)")
             continue
         options = ["--name", one.name, "--scale", scale, "--seed", str(one.seed), "--data", data, "--out", str(one.out), "--device", device]
@@ -179,16 +185,23 @@ def sweep(room: str, names: str, seeds: str, jobs: int, scale: str, data: str, r
 @main.command()
 @click.argument("folders", nargs=-1, required=True, metavar="DIR...")
 def record(folders: tuple[str, ...]) -> None:
-    "Copy finished teach or paper runs, made from committed code, into results/ledger.jsonl; refresh README's tables."
-    from medgen_nb import ledger
+    "Copy finished teach or paper runs, made from committed code, into results/ledger.jsonl; refresh README and the run notebook's outputs."
+    from medgen_nb import experiments, ledger
     from medgen_nb.data import home
-    for folder in folders:
-        with told():
-            run = ledger.record(Path(folder), home() / "results" / "ledger.jsonl")
-        click.echo(f"recorded {run.room} {run.name} {run.scale} {run.data} seed {run.seed}")
-    if (home() / "README.md").exists():
-        with told():
+    path = home() / "results" / "ledger.jsonl"
+    with told():
+        known = ledger.read_runs(path)
+        new = [folder for folder in folders if ledger.read_run(folder) not in known]
+        for folder in new:
+            ledger.check_evidence(folder)   # all of them, before the first is written
+        for folder in new:
+            run = ledger.record(folder, path)
+            if (run.name, run.scale, run.data, run.seed) == ("base", "teach", "simulated", 0) and (Path(folder) / "notebook.ipynb").exists():
+                experiments.adopt_outputs(notebook_of(run.room), Path(folder) / "notebook.ipynb")   # what the room's run notebook shows
+            click.echo(f"recorded {run.room} {run.name} {run.scale} {run.data} seed {run.seed}")
+        if (home() / "README.md").exists():
             ledger.write_readme(home())
+    click.echo(f"{len(folders) - len(new)} of {len(folders)} were in the ledger already")
 
 # %% ../nbs/80_command.ipynb #e3768c3f
 @main.command()
@@ -204,6 +217,8 @@ def report(folders: tuple[str, ...], out: str) -> None:
         if missing or not found:
             raise ValueError(f"no finished run in {', '.join(missing) or base / 'runs'}; start one with `medgen run ROOM`")
         claims = base / "results" / "claims.toml"
+        if out and Path(out).is_dir():
+            raise ValueError(f"{out} is a folder; name an HTML file with --out")
         page = experiments.write_report(found, Path(out) if out else base / "runs" / "report.html", ledger.read_claims(claims) if claims.exists() else (),
                                         ledger.read_runs(base / "results" / "ledger.jsonl"))
     click.echo(str(page))
@@ -216,7 +231,10 @@ def keywords(
     nested: dict[str, object] = {}
     for key, value in settings.items():
         *above, last = key.split(".", 1)
-        (nested.setdefault(above[0], {}) if above else nested)[last] = value
+        place = nested.setdefault(above[0], {}) if above else nested
+        if not isinstance(place, dict) or isinstance(nested.get(last if not above else None), dict):
+            raise ValueError(f"{key.partition('.')[0]} is given as a value and as a group; give it once")
+        place[last] = value
     return nested
 
 # %% ../nbs/80_command.ipynb #d8cfd22d
@@ -228,7 +246,7 @@ def keywords(
 @click.option("--out", default="", help="Where to write; the format is the room's (records: a CSV file).")
 def generate(room: str, settings: tuple[str, ...], folder: str, n: int, out: str) -> None:
     "Generate with a trained pipeline; KEY=VALUE words go to its call."
-    from medgen_nb.experiments import parse_settings, shipped
+    from medgen_nb.experiments import accept, parse_settings, shipped
     with told():
         Pipeline, words = load(room).Pipeline, keywords(parse_settings(settings))
         source = Path(folder) / "pipeline" if folder else shipped("pretrained") / room
@@ -240,6 +258,8 @@ def generate(room: str, settings: tuple[str, ...], folder: str, n: int, out: str
         unknown = [key for key in words if key not in takes]
         if unknown:
             raise ValueError(f"unknown key {', '.join(unknown)}; this pipeline takes {', '.join(takes)}")
+        kinds = typing.get_type_hints(Pipeline.__call__)
+        words = {key: value if isinstance(value, dict) else accept(value, kinds.get(key, object), key) for key, value in words.items()}
         pipeline = Pipeline.from_pretrained(source)
         made = pipeline(n=n, **words)
         target = pipeline.write(made, Path(out) if out else None)
@@ -257,7 +277,7 @@ def check_data(dataset: str, path: str) -> None:
         if dataset not in readers:
             raise ValueError(f"unknown data set {dataset!r}; there are {', '.join(readers)}")
         root = find_data(dataset, path)
-    problems = readers[dataset].check(root)
+        problems = readers[dataset].check(root)
     for problem in problems:
         click.echo(str(problem))
     if problems:

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'EVIDENCE_SCALES', 'RULES', 'MIN_SEEDS', 'MIN_SPEARMAN', 'house_style', 'Run', 'hardware', 'code_state',
-           'append_run', 'read_runs', 'record', 'Claim', 'read_claims', 'estimate_of', 'Verdict', 'holds', 'constant',
-           'scaled', 'by_seed', 'comparisons', 'steady', 'judge', 'same_patients', 'verdicts', 'summarise',
-           'claims_table', 'refresh', 'to_markdown', 'readme_blocks', 'write_readme', 'digest', 'check']
+           'append_run', 'read_runs', 'read_run', 'check_evidence', 'record', 'Claim', 'read_claims', 'estimate_of',
+           'Verdict', 'holds', 'constant', 'scaled', 'by_seed', 'comparisons', 'steady', 'judge', 'same_patients',
+           'verdicts', 'summarise', 'claims_table', 'refresh', 'to_markdown', 'readme_blocks', 'write_readme', 'digest',
+           'check']
 
 # %% ../nbs/07_ledger.ipynb #e798542d
 import hashlib
@@ -28,7 +29,7 @@ from filelock import FileLock
 from scipy.stats import spearmanr
 
 # %% ../nbs/07_ledger.ipynb #40a8d3db
-from .data import BadRecord, home
+from .data import BadRecord
 from .metrics import Difference, Estimate, paired_difference
 
 # %% ../nbs/07_ledger.ipynb #05dfa680
@@ -64,6 +65,7 @@ class Run:
     minutes: float              # wall time of the run
     overrides: dict = field(default_factory=dict)   # dotted keys that -p changed
     replicates: dict = field(default_factory=dict)  # metric -> its value on bootstrap resample 0, 1, ...
+    config: str = ""            # short hash of all hyper-parameters and the data's folder
     commit: str = ""            # of the code; "" outside a checkout
     clean: bool = False         # whether the tree had no changes beside results
     hardware: dict = field(default_factory=dict)    # processor, cores, threads, GPU, torch
@@ -71,7 +73,7 @@ class Run:
     @property
     def key(self) -> tuple:
         "What makes two runs the same experiment."
-        return self.room, self.name, self.scale, self.seed, self.data, json.dumps(self.overrides, sort_keys=True)
+        return self.room, self.name, self.scale, self.seed, self.data, self.config
 
 # %% ../nbs/07_ledger.ipynb #8b48ad3d
 def hardware() -> dict[str, str | int]:
@@ -85,9 +87,10 @@ def hardware() -> dict[str, str | int]:
 # %% ../nbs/07_ledger.ipynb #032443e7
 def code_state() -> tuple[str, bool]:
     "The commit of the checkout, and whether nothing is changed in it (results and README, which runs write, aside); ('', False) outside one."
+    checkout = Path(__file__).resolve().parents[1]
     def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(home()), *words], capture_output=True, text=True, check=True).stdout.strip()
-    if not (home() / "settings.ini").exists():
+        return subprocess.run(["git", "-C", str(checkout), *words], capture_output=True, text=True, check=True).stdout.strip()
+    if not (checkout / "settings.ini").exists():
         return "", False
     try:
         return git("rev-parse", "HEAD"), not git("status", "--porcelain", "--", ".", ":!results", ":!README.md")
@@ -131,20 +134,38 @@ def read_runs(
 EVIDENCE_SCALES = ("teach", "paper")   # smoke and demo runs show that things work, not how well
 
 # %% ../nbs/07_ledger.ipynb #6e0ac21e
-def record(
-    folder: Path,  # of a finished run: holds run.json
-    path: Path,    # the recorded ledger
+def read_run(
+    folder: str | Path,  # of a finished run
 ) -> Run:
-    "Copy a run's row into the recorded ledger. Raises `BadRecord` when it is unfinished, too small, from changed code, or recorded already."
+    "The row that a run left in its folder. Raises `BadRecord` when it is not finished or not readable."
     file = Path(folder) / "run.json"
     if not file.exists():
         raise BadRecord(folder, "run.json", "the run is not finished", "start the same command again, it resumes")
-    run = Run(**json.loads(file.read_text(encoding="utf-8")))
+    try:
+        return Run(**json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise BadRecord(file, "its fields", f"is not a run of this version ({error})", "run it again in a new folder") from None
+
+# %% ../nbs/07_ledger.ipynb #16f4e97a
+def check_evidence(
+    folder: str | Path,  # of a finished run
+) -> Run:
+    "The run's row if it may count as evidence. Raises `BadRecord` when it is unfinished, too small or made from changed code."
+    run = read_run(folder)
     if run.scale not in EVIDENCE_SCALES:
         raise BadRecord(folder, "scale", f"{run.scale!r} runs are no evidence", f"run it at {' or '.join(EVIDENCE_SCALES)} scale")
     if not run.clean:
         raise BadRecord(folder, "commit", "the run was made from changed code or outside a checkout", "commit first, then run again")
-    if any(old == run for old in read_runs(path)):
+    return run
+
+# %% ../nbs/07_ledger.ipynb #967b20e3
+def record(
+    folder: str | Path,  # of a finished run: holds run.json
+    path: Path,          # the recorded ledger
+) -> Run:
+    "Copy a run's row into the recorded ledger. Raises `BadRecord` as `check_evidence` does, and when it is recorded already."
+    run = check_evidence(folder)
+    if run in read_runs(path):
         raise BadRecord(folder, "run.json", "this run is in the ledger already", "nothing to do")
     append_run(run, path)
     return run
@@ -292,7 +313,7 @@ def steady(
     sign = 1 if claim.direction == "higher" else -1
     sweeps = [by_seed(runs, name, claim.metric) for name in claim.others]
     seeds = set.intersection(*(set(sweep) for sweep in sweeps))
-    return all(sign * spearmanr(range(len(sweeps)), [sweep[s].value for sweep in sweeps]).statistic >= MIN_SPEARMAN for s in seeds)
+    return len(seeds) >= MIN_SEEDS and all(sign * spearmanr(range(len(sweeps)), [sweep[s].value for sweep in sweeps]).statistic >= MIN_SPEARMAN for s in seeds)
 
 # %% ../nbs/07_ledger.ipynb #3232e165
 def judge(
@@ -310,7 +331,10 @@ def judge(
     if not pairs:
         return Verdict("not run yet")
     seeds, missing = min(len(good) for _, good, _ in pairs), len(claim.others) - len(pairs) if claim.rule in ("better", "no_worse") else 0
-    effects = tuple(paired_difference(good, other) for _, good, other in pairs)
+    try:
+        effects = tuple(paired_difference(good, other) for _, good, other in pairs)
+    except ValueError as error:   # rows of another test size or number of resamples
+        return Verdict("inconclusive", data, str(error), seeds)
     bound = {"better": claim.smallest_effect, "no_worse": -claim.smallest_effect, "trend": claim.smallest_effect}.get(claim.rule, 0.0)
     why = "; ".join(f"vs {label}: {effect}" for (label, _, _), effect in zip(pairs, effects)) + f" (bound {bound:g}, {seeds} seeds)"
     if seeds < MIN_SEEDS:
@@ -355,7 +379,10 @@ def summarise(
     groups: dict[tuple, dict[int, Run]] = {}
     for run in runs:
         if not run.overrides:
-            groups.setdefault((run.room, run.data, run.scale, run.name), {})[run.seed] = run   # the newest row of a seed counts
+            seeds = groups.setdefault((run.room, run.data, run.scale, run.name), {})
+            if seeds and next(iter(seeds.values())).fingerprint != run.fingerprint:
+                seeds.clear()    # the data changed: older rows are no longer comparable
+            seeds[run.seed] = run   # the newest row of a seed counts
     rows = []
     for key, seeds in groups.items():
         row = dict(zip(("room", "data", "scale", "run"), key)) | {"seeds": len(seeds)}

@@ -34,7 +34,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import send_to_device, set_seed
 from diffusers.training_utils import EMAModel
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
@@ -63,6 +63,10 @@ class FitConfig:
     def __post_init__(self):
         if self.precision not in ("auto", "fp32", "bf16"):
             raise ValueError(f"unknown precision {self.precision!r}; choose auto, fp32 or bf16")
+        if self.schedule not in ("constant", "cosine", "noam"):
+            raise ValueError(f"unknown schedule {self.schedule!r}; choose constant, cosine or noam")
+        if min(self.steps, self.batch_size, self.save_every) < 1 or self.warmup < 0 or not 0 < self.lr < float("inf"):
+            raise ValueError("steps, batch_size and save_every must be at least 1, warmup at least 0, lr a positive number; correct the config")
         if self.save_every % LOG_EVERY:
             raise ValueError(f"save_every={self.save_every} must be a multiple of {LOG_EVERY}, else a resumed run averages other losses")
 
@@ -71,7 +75,7 @@ def learning_rate(
     step: int,          # 0 ... config.steps - 1
     config: FitConfig,  # lr, schedule, warmup, steps
 ) -> float:
-    "The learning rate of one step. Raises `ValueError` for an unknown schedule. Noam: Vaswani et al. 2017, section 5.3, scaled to the peak `lr`."
+    "The learning rate of one step. Noam: Vaswani et al. 2017, section 5.3, scaled to the peak `lr`."
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     if config.schedule == "constant":
@@ -79,9 +83,7 @@ def learning_rate(
     if config.schedule == "cosine":
         done = (step - config.warmup) / max(1, config.steps - config.warmup)
         return config.lr * 0.5 * (1 + np.cos(np.pi * done))
-    if config.schedule == "noam":
-        return config.lr * float(np.sqrt(max(1, config.warmup) / (step + 1)))
-    raise ValueError(f"unknown schedule {config.schedule!r}; choose constant, cosine or noam")
+    return config.lr * float(np.sqrt(max(1, config.warmup) / (step + 1)))   # noam
 
 # %% ../nbs/05_training.ipynb #8268240e
 def step_seed(
@@ -347,6 +349,8 @@ def fit(
     if training.precision == "auto":
         on_cpu = next(model.parameters()).device.type == "cpu"
         training.precision = faster_precision(model, next(iter(loader)), adversary) if on_cpu else "bf16"
+        if folder is not None:
+            save_training(training, folder)   # so that a resume at any step keeps the choice
     accelerator = accelerate(device, training.precision)
     loader.batch_sampler.start = training.step * (1 + training.critic_steps)
     batches, started = iter(loader), time.perf_counter() - training.seconds
@@ -461,7 +465,8 @@ def keep_stage(
         content.mkdir()
         save(content)
         (content / "stage.json").write_text(json.dumps(stage.facts | facts, default=asdict), encoding="utf-8")
-        if not stage.folder.exists():
+        if not stage.done:
+            shutil.rmtree(stage.folder, ignore_errors=True)   # a remainder of an interrupted prune
             os.replace(content, stage.folder)
 
 # %% ../nbs/05_training.ipynb #ea31bd54
@@ -474,7 +479,13 @@ def fit_stage(
     device: str = "auto",                # auto | cpu | cuda
 ) -> Iterator[Training]:
     "Like `fit`, but yields nothing and loads the model's weights when the stage is kept already."
-    with stage.lock():
+    lock = stage.lock()
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        print(f"stage {stage.name}: another process is making it; waiting")
+        lock.acquire()
+    try:
         if stage.done:
             print(f"stage {stage.name}: loaded {stage.key}, trained before in {stage.memory['seconds'] / 60:.1f} min")
         else:
@@ -487,9 +498,11 @@ def fit_stage(
                 training.finish()
             keep_stage(stage, lambda folder: save_file(copies(model.state_dict()), folder / "model.safetensors"),
                        history=training.history, seconds=training.seconds, precision=training.precision)
-    model.to(accelerate(device).device)
-    model.load_state_dict(load_file(stage.folder / "model.safetensors"))
-    model.eval()
+        model.to(accelerate(device).device)
+        model.load_state_dict(load_file(stage.folder / "model.safetensors"))
+        model.eval()
+    finally:
+        lock.release()
 
 # %% ../nbs/05_training.ipynb #1fa8840c
 def list_stages() -> list[dict]:
@@ -509,8 +522,9 @@ def prune_stages(
     "Remove old stages; returns the names of what went."
     gone = []
     for file in sorted(stages_folder().glob("*/stage.json")):
-        if time.time() - file.stat().st_mtime >= unused_days * 86400:
-            with FileLock(f"{file.parent}.lock"):
+        with FileLock(f"{file.parent}.lock"):
+            if time.time() - file.stat().st_mtime >= unused_days * 86400:
+                file.unlink()   # first of all: without it the stage counts as not made
                 shutil.rmtree(file.parent)
-            gone.append(file.parent.name)
+                gone.append(file.parent.name)
     return gone

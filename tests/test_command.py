@@ -3,13 +3,13 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -23,7 +23,7 @@ METRICS = {"prevalence_r", "prevalence_r_floor", "prevalence_r_rare", "prevalenc
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    "A house of its own: a copy of what `home()` is recognised by, so that no run of the tests reaches your ledger."
+    "A house of its own, so that no run of the tests reaches your ledger."
     folder = tmp_path_factory.mktemp("house")
     for name in ("medgen_nb", "nbs", "data", "results"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -87,7 +87,8 @@ def test_generate_writes_a_table_that_can_be_repeated(place, smoke):
     (["run", "ehr", "-p", "fit.rl=1"], "unknown key"), (["run", "ehr", "-p", "fit.lr=fast"], "must be float"), (["run", "ehr", "-p", "fit.lr"], "key=value"),
     (["run", "ehr", "-p", "denoiser.attention=sparse"], "must be"), (["run", "ehr", "-p", "fit=3"], "is a group"), (["run", "ehr", "--data", "cinema"], "unknown data set"),
     (["run", "ehr", "--data", "mimic3"], "--root"), (["run", "ehr", "--data", "mimic3", "--root", "nowhere"], "no folder"), (["run", "ehr", "--device", "tpu"], "unknown device"),
-    (["run", "ehr", "--seed", "-1"], "seed"), (["run", "ehr", "--out", "README.md"], "is a file"), (["run", "ehr", "--out", "nbs"], "holds no run"),
+    (["run", "ehr", "--seed", "-1"], "seed"), (["run", "ehr", "--seed", "4294967296"], "seed"), (["run", "ehr", "-p", "fit.schedule=square"], "schedule"),
+    (["run", "ehr", "-p", "fit.save_every=0"], "at least 1"), (["run", "ehr", "-p", "fit.lr=.inf"], "must be float"), (["run", "ehr", "--out", "README.md"], "is a file"), (["run", "ehr", "--out", "nbs"], "holds no run"),
     (["sweep", "ehr", "--seeds", "a"], "--seeds"), (["sweep", "ehr", "--names", "x"], "unknown run name"), (["record", "nowhere"], "not finished"),
     (["generate", "ehr", "--run", "nowhere"], "no trained pipeline"), (["check-data", "cinema", "."], "unknown data set"), (["check-data", "mimic3", "nowhere"], "no folder"),
     (["report", "nowhere"], "no finished run"), (["run", "ehr", "--colour", "red"], "No such option")])
@@ -96,18 +97,38 @@ def test_bad_input_is_one_line_exit_2_and_nothing_written(place, words, told, mo
     from medgen_nb.cli import main
     monkeypatch.chdir(place)
     monkeypatch.delenv("MEDGEN_DATA", raising=False)
-    before = sorted(place.rglob("*"))
-    if words[0] == "run" and "--out" not in words:
-        words = [*words, "--out", str(place / "never")]
+    monkeypatch.setenv("MEDGEN_HOME", str(place))   # default folders would be made here
+    contents = lambda: {path: path.read_bytes() for path in sorted(place.rglob("*")) if path.is_file() and "__pycache__" not in path.parts}
+    before = contents()
     result = CliRunner().invoke(main, words)
     assert result.exit_code == 2 and told in result.output, result.output
     assert len([line for line in result.output.splitlines() if line.startswith("Error")]) == 1 and "Traceback" not in result.output
-    assert sorted(place.rglob("*")) == before
+    assert contents() == before
 
 
 def test_unknown_generation_key_is_told(place, smoke):
     result = medgen(place, "generate", "ehr", "--run", "smoke", "colour=blue")
     assert result.returncode == 2 and "unknown key colour" in result.stderr and "seed" in result.stderr
+
+
+def test_wrong_type_of_a_generation_key_is_told(place, smoke):
+    result = medgen(place, "generate", "ehr", "--run", "smoke", "seed=1.5")
+    assert result.returncode == 2 and "seed must be" in result.stderr
+
+
+def test_record_and_stages(place, smoke):
+    teach = place / "teach"
+    shutil.copytree(smoke, teach)
+    row = json.loads((teach / "run.json").read_text()) | {"scale": "teach", "clean": True}
+    (teach / "run.json").write_text(json.dumps(row))
+    shutil.rmtree(place / "results"), shutil.copytree(ROOT / "results", place / "results")
+    assert medgen(place, "record", "teach", "smoke").returncode == 2, "a smoke run among them: nothing is recorded"
+    assert (place / "results" / "ledger.jsonl").read_bytes() == (ROOT / "results" / "ledger.jsonl").read_bytes()
+    first, again = medgen(place, "record", "teach"), medgen(place, "record", "teach")
+    assert first.returncode == again.returncode == 0 and "1 of 1 were in the ledger already" in again.stdout, first.stderr + again.stderr
+    assert json.loads((place / "results" / "ledger.jsonl").read_text().splitlines()[-1])["scale"] == "teach"
+    assert "denoiser" in medgen(place, "stages").stdout
+    assert "removed" in medgen(place, "stages", "--prune", "0", stages="none").stdout
 
 
 def test_failing_cell_gives_its_error_and_leaves_the_notebook(place):
@@ -125,17 +146,22 @@ def test_sweep_goes_on_after_a_failure_and_skips_what_is_done(place):
 
 
 def test_killed_run_resumes_to_the_same_weights(place):
-    words = ["run", "ehr", "--scale", "smoke", "-p", "fit.steps=400", "-p", "data.seed=3"]
+    words = ["run", "ehr", "--scale", "smoke", "-p", "fit.steps=2000", "-p", "data.seed=3"]
     killed = subprocess.Popen([*MEDGEN, *words, "--out", "killed"], cwd=place, env=environment(place) | {"MEDGEN_STAGES": str(place / "stages-killed")},
-                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 200
-    while not list((place / "killed").glob("checkpoint/*/step-*")) and time.time() < deadline:
+    reached = lambda: max([int(p.name[5:]) for p in (place / "killed").glob("checkpoint/*/step-*")], default=0)
+    while reached() < 420 and time.time() < deadline:
         time.sleep(0.02)
-    os.killpg(killed.pid, signal.SIGKILL)   # command and kernel
+    family = [*psutil.Process(killed.pid).children(recursive=True), psutil.Process(killed.pid)]   # the kernel has a session of its own
+    for member in family:
+        member.kill()
+    psutil.wait_procs(family, timeout=20)
     killed.wait()
     steps = [int(p.name[5:]) for p in (place / "killed").glob("checkpoint/*/step-*")]
-    assert steps and max(steps) < 400 and not (place / "killed" / "metrics.json").exists(), steps
-    assert medgen(place, *words, "--out", "killed", stages="stages-killed").returncode == 0
+    assert steps and max(steps) < 1900 and not (place / "killed" / "metrics.json").exists(), steps
+    resumed = medgen(place, *words, "--out", "killed", stages="stages-killed")
+    assert resumed.returncode == 0 and "loaded" not in resumed.stdout and "step 400 of" not in resumed.stdout, "it went on, neither from a stage nor from scratch"
     assert medgen(place, *words, "--out", "unbroken", stages="stages-unbroken").returncode == 0
     one, other = (load_file(next((place / name / "pipeline" / "denoiser").glob("*.safetensors"))) for name in ("killed", "unbroken"))
     assert all(torch.equal(one[key], other[key]) for key in one)

@@ -32,6 +32,8 @@ def imports_of(module: Path) -> set[str]:
     name = "medgen_nb." + ".".join(module.relative_to(ROOT / "medgen_nb").with_suffix("").parts)
     found = set()
     for node in ast.walk(ast.parse(module.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
         if isinstance(node, ast.ImportFrom):
             base = importlib.util.resolve_name("." * node.level + (node.module or ""), name.rpartition(".")[0]) if node.level else node.module
             found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
@@ -119,6 +121,17 @@ def test_run_notebook(notebook):
 def test_readme_is_up_to_date():
     from medgen_nb.ledger import write_readme
     assert write_readme(ROOT, only_check=True), "README's tables are not what results/ says: run `medgen record` or medgen_nb.ledger.write_readme"
+
+
+def test_what_readme_points_to_exists():
+    readme = (ROOT / "README.md").read_text()
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", readme) + re.findall(r'from_pretrained\("([^"]+)"\)', readme):
+        assert (ROOT / target).exists(), f"README points to {target}, which does not exist"
+
+
+def test_results_read_the_ledger_only():
+    source = "\n".join(c.source for c in nbformat.read(ROOT / "nbs" / "90_results.ipynb", 4).cells if c.cell_type == "code")
+    assert set(re.findall(r"medgen_nb\.?(\w*)", source)) <= {"data", "ledger"} and "import torch" not in source
 
 
 def test_readme_commands_are_what_ci_runs():

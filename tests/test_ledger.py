@@ -119,6 +119,16 @@ def test_trend_must_be_steady():
     assert world(claim, {"one": 0.4, "two": 0.3, "three": 0.2, "four": 0.1}) == "not replicated"
 
 
+def test_trend_with_a_missing_middle_is_not_steady():
+    claim = Claim("T", "ehr", "c", "p", "trend", "m", "higher", others=("one", "two", "three"), smallest_effect=0.1)
+    assert world(claim, {"one": 0.1, "three": 0.4}) == "inconclusive"
+
+
+def test_rows_that_cannot_be_paired_are_inconclusive():
+    runs = [made("base", s, 0.5) for s in range(3)] + [replace(made("a", s, 0.3), replicates={"m": [0.3] * 7}) for s in range(3)]
+    assert judge(replace(BETTER, others=("a",)), runs).word == "inconclusive"
+
+
 def test_open_and_untestable():
     assert world(replace(BETTER, rule="open"), {"base": 0.1}, seeds=1) == "shown"
     assert world(replace(BETTER, rule="not_testable", note="why"), {}) == "not testable here"

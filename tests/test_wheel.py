@@ -1,6 +1,7 @@
 """The wheel, without development packages: every module imports, and a run works with no checkout near."""
 
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -13,7 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_wheel_in_a_fresh_environment(tmp_path):
     run = lambda *words, **more: subprocess.run([str(w) for w in words], check=True, capture_output=True, text=True, **more)
     try:
-        run(sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path, ROOT)
+        source = shutil.copytree(ROOT, tmp_path / "source", ignore=shutil.ignore_patterns(".venv", ".git", "runs", "scratch", "build", "*.egg-info"))
+        run(sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path, source)
         wheel = next(tmp_path.glob("*.whl"))
         names = zipfile.ZipFile(wheel).namelist()
         assert "medgen_nb/notebooks/36_ehr_run.ipynb" in names and not any(name.startswith(("nbs/", "tests/")) for name in names)
@@ -28,5 +30,7 @@ def test_wheel_in_a_fresh_environment(tmp_path):
         done = run(tmp_path / "fresh" / "bin" / "medgen", "run", "ehr", "--scale", "smoke", "--out", "smoke", cwd=tmp_path, env=clean)
     except subprocess.CalledProcessError as error:
         raise AssertionError(f"{error.cmd}\n{error.stdout[-1500:]}\n{error.stderr[-3000:]}") from None
+    finally:
+        shutil.rmtree(tmp_path / "fresh", ignore_errors=True)   # 5 GB
     assert (tmp_path / "smoke" / "metrics.json").exists(), done.stdout
     assert (tmp_path / "runs" / "ledger.jsonl").exists(), "an installed package keeps its ledger in the working directory"

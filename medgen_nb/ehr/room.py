@@ -98,7 +98,7 @@ SCALE_CHANGES = {
     # the sizes that public MIMIC-III preparations reach (1,782 codes, 41,000 patients: EHRDiff); the network is our guess
     "paper": {"data.codes": 1_782, "data.train": 41_000, "denoiser.width": 256, "denoiser.depth": 6, "denoiser.heads": 8, "denoiser.rank": 64,
               "denoiser.mlp_ratio": 4.0, "diffusion.steps": 1_000, "fit.steps": 50_000, "fit.batch_size": 256, "fit.lr": 5e-4, "fit.warmup": 1_000,
-              "fit.ema": 0.9999, "fit.save_every": 1_000, "sample.steps": 200},
+              "fit.ema": 0.9999, "fit.save_every": 1_000, "sample.steps": 50},
 }
 
 # %% ../../nbs/36_ehr_run.ipynb #4cdd1929
@@ -168,6 +168,8 @@ class RecordsPipeline(DiffusionPipeline):
 
     def write(self, records: pd.DataFrame, out: Path | None) -> Path | None:
         "Write records as CSV, whole or not at all; returns the file (None: nothing was asked for)."
+        if out is not None and out.is_dir():
+            raise ValueError(f"{out} is a folder; name a CSV file")
         if out is not None:
             out.parent.mkdir(parents=True, exist_ok=True)
             part = out.with_name(out.name + ".part")
@@ -188,9 +190,9 @@ class EHRD3PMPipeline(RecordsPipeline):
         batch_size: int = 1000,                  # patients at a time
     ) -> pd.DataFrame:                           # (n, codes) of 0 and 1
         "Draw n patients. Raises `ValueError` for n < 1 or more steps than trained."
-        if n < 1:
-            raise ValueError(f"n must be at least 1, got {n}; ask for one patient or more")
-        steps = num_inference_steps or min(50, self.scheduler.config.num_train_timesteps)
+        if n < 1 or batch_size < 1:
+            raise ValueError(f"n and batch_size must be at least 1, got {n} and {batch_size}")
+        steps = min(50, self.scheduler.config.num_train_timesteps) if num_inference_steps is None else num_inference_steps
         generator = torch.Generator().manual_seed(seed) if seed is not None else None
         sizes = [min(batch_size, n - done) for done in range(0, n, batch_size)]
         parts = [sample(self.denoiser, self.scheduler, (size, len(self.codes)), steps, generator, self.device) for size in self.progress_bar(sizes)]
