@@ -282,8 +282,8 @@ def finish(
     "Write metrics.json and run.json, add the row to runs/ledger.jsonl; returns the row."
     row = Run(room=run.room, name=run.name, scale=run.scale, seed=run.seed, data=run.data, fingerprint=fingerprint,
               metrics=flatten(estimates), minutes=round((time.perf_counter() - run.started) / 60, 2), overrides=run.overrides,
-              replicates={name: [float(f"{r:.6g}") if np.isfinite(r) else None for r in e.replicates]
-                          for name, e in estimates.items() if isinstance(e, Estimate)},
+              replicates={name: [float(f"{r:.4g}") if np.isfinite(r) else None for r in e.replicates]   # four digits: far below their spread
+                          for name, e in estimates.items() if isinstance(e, Estimate) and not name.endswith("_trivial")},
               config=run.config_hash, commit=run.commit, clean=run.clean, hardware=hardware())
     write_json(run.out / "metrics.json", row.metrics)
     write_json(run.out / "meaning.json", dict(meaning))

@@ -326,7 +326,9 @@ def judge(
     data = runs[0].data if runs else ""
     mine = by_seed(runs, claim.ours, claim.metric)
     if claim.rule == "open":
-        return Verdict("shown", data, f"{len(mine)} seeds of {claim.ours}", len(mine)) if mine else Verdict("not run yet")
+        beside = [name for name in claim.others if by_seed(runs, name, claim.metric)]
+        enough = mine and (beside or not claim.others)   # a question about others needs at least one of them
+        return Verdict("shown", data, f"{len(mine)} seeds of {claim.ours}; beside {', '.join(beside) or 'nothing'}", len(mine)) if enough else Verdict("not run yet")
     pairs = [pair for pair in comparisons(claim, runs) if pair[1]]
     if not pairs:
         return Verdict("not run yet")
@@ -439,8 +441,9 @@ def readme_blocks(
     shown = []
     for room in dict.fromkeys(run.room for run in runs):
         mine = [run for run in runs if run.room == room]
-        named = dict.fromkeys(name for claim in claims if claim.room == room for name in (claim.metric, claim.against, *claim.also))
-        have = [name for name in named if name and any(run.metrics.get(name) is not None for run in mine)]
+        named = dict.fromkeys(name for claim in claims if claim.room == room for metric in (claim.metric, claim.against, *claim.also) if metric
+                              for name in (metric, metric + "_trivial"))
+        have = [name for name in named if any(run.metrics.get(name) is not None for run in mine)]
         shown.append(to_markdown(summarise(mine, have)))
     table = claims_table(claims, runs, run_only=True)
     waiting = len(claims) - table["claim"].nunique()

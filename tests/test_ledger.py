@@ -130,7 +130,8 @@ def test_rows_that_cannot_be_paired_are_inconclusive():
 
 
 def test_open_and_untestable():
-    assert world(replace(BETTER, rule="open"), {"base": 0.1}, seeds=1) == "shown"
+    assert world(replace(BETTER, rule="open"), {"base": 0.1, "a": 0.2}, seeds=1) == "shown"
+    assert world(replace(BETTER, rule="open"), {"base": 0.1}) == "not run yet", "none of the others was run"
     assert world(replace(BETTER, rule="not_testable", note="why"), {}) == "not testable here"
 
 
