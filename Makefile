@@ -22,7 +22,7 @@ demo: $(READY)
 		$(BIN)/medgen run $$room --scale demo --out runs/demo/$$room && $(BIN)/medgen report runs/demo/* || exit 1; done
 
 test: $(READY)
-	OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(BIN)/nbdev-test --n_workers 2
+	OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(BIN)/nbdev-test --n-workers 2
 	$(BIN)/python -m pytest
 
 lab: $(READY)
