@@ -23,7 +23,7 @@ demo: $(READY)
 
 test: $(READY)
 	OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(BIN)/nbdev-test --n-workers 2
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lab: $(READY)
 	$(BIN)/jupyter lab nbs/
