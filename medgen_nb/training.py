@@ -361,7 +361,8 @@ def fit(
             training.seconds = time.perf_counter() - started
             if folder is not None and (training.step % config.save_every == 0 or training.step == config.steps):
                 save_training(training, folder)
-            bar.set_postfix(loss=f"{training.history[-1]['loss'] if training.history else np.nan:.4f}", refresh=False)
+            if training.history:
+                bar.set_postfix(loss=f"{training.history[-1]['loss']:.4f}", refresh=False)
             bar.update()
             yield training
     training.finish()
