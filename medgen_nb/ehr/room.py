@@ -94,7 +94,7 @@ SCALE_CHANGES = {
               "denoiser.rank": 8, "diffusion.steps": 20, "fit.steps": 30, "fit.batch_size": 32, "fit.warmup": 5, "fit.save_every": 10,
               "sample.n": 200, "sample.steps": 5, "sample.replicates": 20},
     "demo": {"start": "pretrained", "data.train": 4_000, "data.val": 500, "data.test": 2_000, "fit.steps": 40, "fit.lr": 2e-4, "fit.warmup": 10,
-             "fit.ema": 0.9, "fit.save_every": 20, "sample.n": 2_000, "sample.steps": 20, "sample.replicates": 100},
+             "fit.ema": 0.9, "fit.save_every": 20, "sample.n": 1_500, "sample.steps": 20, "sample.replicates": 100},
     # the sizes that public MIMIC-III preparations reach (1,782 codes, 41,000 patients: EHRDiff); the network is our guess
     "paper": {"data.codes": 1_782, "data.train": 41_000, "denoiser.width": 256, "denoiser.depth": 6, "denoiser.heads": 8, "denoiser.rank": 64,
               "denoiser.mlp_ratio": 4.0, "diffusion.steps": 1_000, "fit.steps": 50_000, "fit.batch_size": 256, "fit.lr": 5e-4, "fit.warmup": 1_000,
