@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROOMS', 'rooms', 'load', 'notebook_of', 'Mistake', 'told', 'main', 'list_rooms', 'run_options', 'run', 'show_metrics',
-           'known_runs', 'sweep', 'record', 'report', 'keywords', 'generate', 'check_data', 'stages']
+           'sweep', 'record', 'report', 'keywords', 'generate', 'check_data', 'stages']
 
 # %% ../nbs/80_command.ipynb #e4226ba0
 import importlib
@@ -145,12 +145,6 @@ def show_metrics(
     click.echo(f"\n{folder}")
 
 # %% ../nbs/80_command.ipynb #f222cc72
-def known_runs() -> set[tuple]:
-    "Keys of all runs in runs/ledger.jsonl."
-    from medgen_nb import experiments, ledger
-    return {run.key for run in ledger.read_runs(experiments.home() / "runs" / "ledger.jsonl")}
-
-# %% ../nbs/80_command.ipynb #d213bade
 @main.command()
 @click.argument("room")
 @click.option("--names", default="", help="Runs, separated by commas; all when left out.")
@@ -159,7 +153,7 @@ def known_runs() -> set[tuple]:
 @run_options
 def sweep(room: str, names: str, seeds: str, jobs: int, scale: str, data: str, root: str, device: str, settings: tuple[str, ...]) -> None:
     "Run several ablations and seeds; skip what the ledger has; exit code 1 when any failed."
-    from medgen_nb import experiments
+    from medgen_nb import experiments, ledger
     with told():
         what, overrides = load(room), experiments.parse_settings(settings)
         if not all(seed.strip().isdigit() for seed in seeds.split(",")) or jobs < 1:
@@ -167,10 +161,10 @@ def sweep(room: str, names: str, seeds: str, jobs: int, scale: str, data: str, r
         pairs = [(name, int(seed)) for name in (names.split(",") if names else what.ABLATIONS) for seed in seeds.split(",")]
         planned = [experiments.open_experiment(room, what.Config, what.ABLATIONS, what.READERS, scale, seed, name, data, root, "", device, overrides)
                    for name, seed in pairs]
-        known = known_runs()
+        known = {run.key for run in ledger.read_runs(experiments.home() / "runs" / "ledger.jsonl")}
     commands = {}
     for one in planned:
-        if (room, one.name, scale, one.seed, data, one.config_hash) in known:
+        if one.key in known:
             click.echo(f"skip   {one.out.name} (in the ledger)")
             continue
         options = ["--name", one.name, "--scale", scale, "--seed", str(one.seed), "--data", data, "--out", str(one.out), "--device", device]

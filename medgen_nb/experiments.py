@@ -197,6 +197,11 @@ class Experiment:
         return hashlib.sha256(json.dumps([self.facts["config"], self.facts["root"]], sort_keys=True).encode()).hexdigest()[:12]
 
     @property
+    def key(self) -> tuple:
+        "What its ledger row will have as `Run.key`."
+        return self.room, self.name, self.scale, self.seed, self.data, self.config_hash
+
+    @property
     def finished(self) -> bool:
         "Whether this run has left its results already."
         return (self.out / "run.json").exists()
