@@ -75,6 +75,7 @@ class LinearAttention(Attention):
         rank: int,    # mixtures that are read instead of the tokens
     ):
         super().__init__(width, heads)
+        self.gain = 1.0   # times the mixtures; set higher where few of many tokens have something to say (ours)
         self.squeeze = nn.Parameter(torch.empty(2, rank, length).uniform_(-(rank**-0.5), rank**-0.5))  # mixtures for keys, for values
 
     def forward(
@@ -91,7 +92,7 @@ class LinearAttention(Attention):
             raise ValueError("linear attention compares tokens with mixtures, so a bias for pairs of tokens has no meaning: "
                              "use Attention")
         (wq, wk, wv), (bq, bk, bv) = self.qkv.weight.chunk(3), self.qkv.bias.chunk(3)
-        for_k, for_v = (self.squeeze.flatten(0, 1) @ x).chunk(2, dim=1)                    # each (batch, rank, width)
+        for_k, for_v = (self.gain * self.squeeze.flatten(0, 1) @ x).chunk(2, dim=1)        # each (batch, rank, width)
         qkv = F.linear(x, wq, bq), F.linear(for_k, wk, bk), F.linear(for_v, wv, bv)        # q has length tokens, k and v rank
         read = attend(*(split_heads(part, self.heads) for part in qkv))                    # (batch, heads, length, dim)
         return self.out(join_heads(read))                                                  # (batch, length, width)

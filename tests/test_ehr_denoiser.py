@@ -4,18 +4,19 @@ import copy
 import pytest
 import torch
 
-from medgen_nb.ehr.denoiser import CodeLogits, EhrDenoiser
+from medgen_nb.ehr.denoiser import LOUD, EhrDenoiser, RecordTokens
 from medgen_nb.ehr.diffusion import MultinomialDiffusion, MultinomialScheduler, sample
 
 CONFIG = dict(codes=6, classes=2, width=16, depth=2, heads=2, rank=3, attention="linear", mlp_ratio=2, steps=8,
-              schedule="cosine", times="uniform", objective="hybrid", ce_weight=0.05, evidence=False)
+              schedule="cosine", times="uniform", objective="hybrid", ce_weight=0.05, evidence=False, conditional=False)
 
 
 def make(**changes) -> EhrDenoiser:
     "A model whose answer depends on every part (the last matrix would start at zero)."
     torch.manual_seed(0)
     model = EhrDenoiser(**CONFIG | changes)
-    torch.nn.init.normal_(model.read_out.logits.weight, std=0.3)
+    for weight in (model.read_out.logits.weight, model.read_out.own):
+        torch.nn.init.normal_(weight, std=0.1)
     return model
 
 
@@ -31,14 +32,14 @@ T = torch.arange(5)
 @pytest.mark.parametrize("classes", [2, 4])
 def test_the_stages_make_the_forward(xt, attention, classes):
     model = make(attention=attention, classes=classes)
-    latent = model.contextualise(model.embed(xt, T))
+    latent = model.contextualise(model.embed(torch.nn.functional.one_hot(xt, classes).float(), T))
     assert latent.shape == (5, 6, 16)
     assert torch.equal(model.read_out(latent), model(xt, T)) and model(xt, T).shape == (5, 6, classes)
 
 
 def test_linear_with_identity_mixtures_is_full(xt):
     full, linear = make(attention="full").double(), make(rank=6).double()
-    identity = {f"contextualise.blocks.{i}.attention.squeeze": torch.eye(6).repeat(2, 1, 1) for i in range(2)}
+    identity = {f"contextualise.blocks.{i}.attention.squeeze": torch.eye(6).repeat(2, 1, 1) / LOUD for i in range(2)}
     linear.load_state_dict(full.state_dict() | identity)
     torch.testing.assert_close(linear(xt, T), full(xt, T), atol=1e-5, rtol=1e-5)   # the clocks are float32
 
@@ -69,7 +70,7 @@ def test_start_at_gives_the_marginals(xt):
                                                  (2, torch.full((6,), torch.nan)), (3, torch.full((6,), 0.5))])
 def test_start_at_refuses_what_is_no_prevalence(classes, prevalence):
     with pytest.raises(ValueError, match="mean of the training records"):
-        CodeLogits(6, classes, 16).start_at(prevalence)
+        RecordTokens(6, classes, 16).start_at(prevalence)
 
 
 @pytest.mark.parametrize("objective", ["vlb", "ce", "hybrid"])
@@ -123,7 +124,8 @@ def test_a_copy_is_independent(xt):
 
 
 @pytest.mark.parametrize("changes, word", [({"attention": "local"}, "'linear' or 'full'"), ({"heads": 3}, "multiple of the heads"),
-                                           ({"times": "often"}, "times"), ({"schedule": "steep"}, "schedule")])
+                                           ({"times": "often"}, "times"), ({"schedule": "steep"}, "schedule"),
+                                           ({"conditional": True}, "evidence=True")])
 def test_bad_settings_are_refused(changes, word):
     with pytest.raises(ValueError, match=word):
         EhrDenoiser(**CONFIG | changes)
@@ -159,3 +161,28 @@ def test_model_with_evidence_learns_and_round_trips(tmp_path):
     model.save_pretrained(tmp_path)
     xt, t = torch.randint(0, 2, (4, 6)), torch.arange(4)
     assert torch.equal(EhrDenoiser.from_pretrained(tmp_path).eval()(xt, t), model.eval()(xt, t))
+
+
+def test_told_codes_are_believed_and_answered():
+    model = make(evidence=True, conditional=True)
+    model.start_at(torch.full((6,), 0.2))
+    xt, t, told = torch.zeros(4, 6, dtype=torch.int64), torch.full((4,), 7), torch.full((4, 6), -1)
+    told[:, 2] = 1
+    plain, knowing = model(xt, t).softmax(-1), model(xt, t, told).softmax(-1)
+    assert (knowing[:, 2, 1] > 0.999).all() and (plain[:, 2, 1] < 0.9).all()
+    assert not torch.allclose(plain[:, 0], knowing[:, 0])          # the others hear of it
+    assert torch.equal(model(xt, t, torch.full((4, 6), -1)), model(xt, t))
+    model.loss({"codes": xt}).backward()
+    with pytest.raises(ValueError, match="conditional=True"):
+        make(evidence=True)(xt, t, told)
+
+
+def test_a_rare_code_is_louder_than_a_common_one():
+    "Present against absent: the token of a rare code moves further, and no surprise leaves every value silent."
+    torch.manual_seed(0)
+    tokens = RecordTokens(2, 2, 64)
+    tokens.start_at(torch.tensor([0.01, 0.5]))
+    silent, present = (tokens(belief[None], torch.tensor([0]))[0] for belief in (tokens.prior, torch.tensor([[0.0, 1], [0, 1]])))
+    moved = (present - silent).norm(dim=-1)
+    assert moved[0] > 5 * moved[1] > 0
+    torch.testing.assert_close(silent, tokens.code + tokens.time(torch.tensor([0])))

@@ -1,4 +1,4 @@
-"Fidelity and privacy of binary records: equal to the reference implementations' numbers, exact, fast, and strict about input."
+"Fidelity, utility and privacy of binary records: equal to the reference implementations' numbers, exact, fast, and strict about input."
 import json
 import re
 import time
@@ -6,20 +6,36 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.spatial.distance import cdist
+from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.metrics import f1_score
+from sklearn.model_selection import StratifiedKFold
 
+from medgen_nb.ehr.data import simulate_records
 from medgen_nb.ehr.metrics import (
+    DISCRIMINATOR,
+    FOLDS,
+    MIN_CASES,
+    PREDICTOR,
+    adversarial_votes,
     always_member_risk,
+    attack_f1,
     attribute_inference_risk,
     code_correlation,
     codes_per_record,
     correlation_matrix_distance,
+    discriminator_scores,
+    disease_scores,
     mcad,
+    member_votes,
     membership_inference_risk,
     nearest_neighbour_adversarial_accuracy,
+    prepare_attribute_inference,
+    prevalence_by_decile,
     prevalence_correlation,
     rarest,
 )
-from medgen_nb.metrics import bootstrap
+from medgen_nb.metrics import auprc, auroc, bootstrap, mmd
 
 ORACLES = Path(__file__).resolve().parents[1].parent / "shared" / "oracles" / "ehr_metrics"
 
@@ -128,7 +144,8 @@ def test_block_size_does_not_matter(records, monkeypatch):
 
 @pytest.mark.parametrize("synthetic", [np.zeros((5, 11), int), np.zeros(12, int), np.zeros((0, 12), int), np.full((5, 12), 0.3), np.full((5, 12), np.nan), np.full((5, 12), 2)])
 def test_bad_matrices_are_refused(records, synthetic):
-    for metric in (prevalence_correlation, correlation_matrix_distance, mcad, lambda a, b: membership_inference_risk(a, a, b),
+    for metric in (prevalence_correlation, prevalence_by_decile, correlation_matrix_distance, mcad, discriminator_scores, member_votes, prepare_attribute_inference,
+                   lambda a, b: disease_scores(a, b, 0), lambda a, b: disease_scores(b, a, 0), lambda a, b: adversarial_votes(a, a, b), lambda a, b: membership_inference_risk(a, a, b),
                    lambda a, b: attribute_inference_risk(a, b, 4), lambda a, b: nearest_neighbour_adversarial_accuracy(a, a, b)):
         with pytest.raises(ValueError, match="record matrices"):
             metric(records, synthetic)
@@ -139,3 +156,139 @@ def test_bad_arguments_are_refused(records):
                  lambda: attribute_inference_risk(records, records, 12), lambda: attribute_inference_risk(records, records, 4, k=301)):
         with pytest.raises(ValueError):
             call()
+
+
+def test_prevalence_by_decile_done_by_hand():
+    real = np.repeat(np.eye(4, dtype=np.uint8), [1, 2, 3, 4], axis=0)[:, [2, 0, 3, 1]]          # prevalences 0.3, 0.1, 0.4, 0.2
+    synthetic = np.zeros((5, 4), dtype=np.uint8)
+    synthetic[:2, 2], synthetic[:1, 1] = 1, 1                                                    # 0, 0.2, 0.4, 0
+    table = prevalence_by_decile(real, synthetic, groups=2)
+    assert table.codes.tolist() == [2, 2] and table.index.tolist() == [1, 2]
+    np.testing.assert_allclose(table[["real", "synthetic"]], [[0.15, 0.1], [0.35, 0.2]])
+    np.testing.assert_allclose(table.relative_error, [(0.1 + 0.2) / 0.3, 0.3 / 0.7])
+
+
+def test_prevalence_by_decile_groups_and_unseen_codes(records):
+    table = prevalence_by_decile(records, records, groups=5)
+    assert table.codes.tolist() == [3, 3, 2, 2, 2] and (np.diff(table.real) >= 0).all() and (table.relative_error == 0).all()
+    assert len(prevalence_by_decile(records, records)) == 10 and (prevalence_by_decile(records, 0 * records).relative_error == 1).all()
+    unseen = records * (np.arange(12) < 8)
+    assert np.isnan(prevalence_by_decile(unseen, records, groups=3).relative_error[1]), "nobody real has a code of the group"
+    for groups in (0, 13):
+        with pytest.raises(ValueError, match="groups"):
+            prevalence_by_decile(records, records, groups)
+
+
+def test_mmd_of_records_is_the_sum_over_pairs_of_differing_codes(records):
+    x, y = records[:60], records[60:130]
+    k = lambda a, b: np.mean([np.exp(-(a[:, None] != b[None]).sum(-1) / (2 * width**2)) for width in (1.0, 2.0)], axis=0)
+    apart = lambda kernel: (kernel.sum() - np.trace(kernel)) / (len(kernel) * (len(kernel) - 1))
+    assert mmd(x, y, bandwidths=(1.0, 2.0)) == pytest.approx(apart(k(x, x)) + apart(k(y, y)) - 2 * k(x, y).mean(), abs=1e-6)
+
+
+def test_votes_equal_distances_taken_one_by_one(records):
+    train, test, made = records[:90], records[90:150], records[150:270]
+    distance = cdist(train, made, "hamming") * 12
+    for threshold in (0, 1, 3):
+        votes = member_votes(train, made, threshold)
+        assert votes.dtype == bool and np.array_equal(votes, distance.min(axis=1) < threshold + 0.5)
+        said, member = np.concatenate([votes, member_votes(test, made, threshold)]), np.arange(150) < 90
+        assert membership_inference_risk(train, test, made, threshold) == attack_f1(member, said) == pytest.approx(f1_score(member, said))
+    assert np.isnan(attack_f1(np.zeros(3, bool), np.zeros(3, bool)))
+
+    def accuracy(a: np.ndarray, b: np.ndarray) -> float:
+        own = [cdist(x, x, "cityblock") + np.diag([99] * len(x)) for x in (a, b)]
+        across = cdist(a, b, "cityblock")
+        return ((across.min(1) > own[0].min(1)).mean() + (across.min(0) > own[1].min(1)).mean()) / 2
+
+    votes = adversarial_votes(train, test, made)
+    assert votes.shape == (60,) and votes.mean() == nearest_neighbour_adversarial_accuracy(train, test, made)
+    assert votes.mean() == pytest.approx(accuracy(test, made[:60]) - accuracy(train[:60], made[:60]))
+
+
+def test_attribute_inference_over_rows_equals_a_slow_attack(records):
+    x, made, n_known, k = records[:80], records[80:], 5, 3
+    known = np.argsort(-x.sum(0).astype(int), kind="stable")[:n_known]
+    unknown = [c for c in range(12) if c not in known]
+
+    def slow(rows: np.ndarray) -> float:
+        people, score, weight = x[rows], 0.0, 0.0
+        guesses = []
+        for person in people:
+            distance = (made[:, known] != person[known]).sum(1)
+            guesses.append(made[distance <= np.sort(distance)[k - 1]].mean(0) > 0.5)
+        for c in unknown:
+            p = people[:, c].mean()
+            entropy = 0.0 if p in (0, 1) else -p * np.log(p) - (1 - p) * np.log(1 - p)
+            score, weight = score + entropy * f1_score(people[:, c], np.array(guesses)[:, c], zero_division=0), weight + entropy
+        return score / weight
+
+    statistic, everybody = prepare_attribute_inference(x, made, n_known, k), np.arange(80)
+    assert statistic(everybody) == attribute_inference_risk(x, made, n_known, k) == pytest.approx(slow(everybody), abs=1e-12)
+    for rows in (np.arange(30), np.random.default_rng(0).integers(80, size=80)):
+        assert statistic(rows) == pytest.approx(slow(rows), abs=1e-12)
+    assert statistic(np.repeat(everybody, 2)) == pytest.approx(statistic(everybody)), "known codes do not depend on the rows"
+    nobody = np.flatnonzero(x[:, unknown].sum(1) == 0)[:1]
+    assert np.isnan(statistic(nobody)) and bootstrap(statistic, n=80, replicates=20).lo < statistic(everybody)
+
+
+def test_discriminator_equals_folds_done_by_hand_and_repeats(records):
+    real, made = records[:60], records[60:160]
+    labels, scores = discriminator_scores(real, made, seed=3)
+    assert labels.tolist() == [0] * 60 + [1] * 60 and scores.shape == (120,) and (scores >= 0).all() and (scores <= 1).all()
+    assert np.array_equal(scores, discriminator_scores(real, made, seed=3)[1]) and not np.array_equal(scores, discriminator_scores(real, made, seed=4)[1])
+    rng = np.random.default_rng(3)
+    x, by_hand = np.concatenate([real[rng.permutation(60)], made[rng.permutation(100)[:60]]]), np.empty(120)
+    for learn, judge in StratifiedKFold(FOLDS, shuffle=True, random_state=3).split(x, labels):
+        by_hand[judge] = HistGradientBoostingClassifier(**DISCRIMINATOR, random_state=3).fit(x[learn], labels[learn]).predict_proba(x[judge])[:, 1]
+    np.testing.assert_allclose(scores, by_hand)
+    with pytest.raises(ValueError, match="folds"):
+        discriminator_scores(real, made[: FOLDS - 1])
+
+
+def test_discriminator_and_mmd_pass_other_patients_and_see_independent_coins():
+    everyone = simulate_records(2000, 96, seed=3).matrix
+    real, fresh = everyone[:1000], everyone[1000:]
+    coins = np.random.default_rng(0).permuted(fresh, axis=0)
+    assert abs(auroc(*discriminator_scores(real, fresh)) - 0.5) < 0.04 and auroc(*discriminator_scores(real, coins)) > 0.6
+    assert mmd(real, coins) > 2 * abs(mmd(real, fresh))
+    assert auroc(*discriminator_scores(real, real)) < 0.3, "twins in other folds carry the other label"
+    assert auroc(*discriminator_scores(real, np.zeros_like(fresh))) > 0.95
+
+
+def test_disease_scores_come_from_the_other_codes_alone(records):
+    train, test, code = records[:200], records[200:], 2
+    scores = disease_scores(train, test, code, seed=5)
+    others = np.delete(np.arange(12), code)
+    trees = HistGradientBoostingClassifier(**PREDICTOR, random_state=5).fit(train[:, others], train[:, code])
+    np.testing.assert_allclose(scores, trees.predict_proba(test[:, others])[:, 1])
+    flipped = test.copy()
+    flipped[:, code] ^= 1
+    assert np.array_equal(scores, disease_scores(train, flipped, np.int64(code), seed=5)) and not np.array_equal(scores, disease_scores(train, test, code, seed=6))
+    assert auroc(test[:, code], scores) > 0.65 and scores.shape == (100,)
+
+
+def test_real_records_alone_make_a_strong_baseline():
+    "A weak one would make any augmentation look good; copies of what is known must not help."
+    world = simulate_records(24_000, 96, seed=3)
+    code, learn, judged = world.codes.index("135"), world.matrix[:4000], world.matrix[4000:]
+    ill, truth = judged[:, code], world.truth["rare"]["135"][4000:]
+    ours = auprc(ill, disease_scores(learn, judged, code))
+    defaults = HistGradientBoostingClassifier(early_stopping=False).fit(np.delete(learn, code, 1), learn[:, code]).predict_proba(np.delete(judged, code, 1))[:, 1]
+    assert auprc(ill, defaults) < ours - 0.05 and ours > 0.8 * auprc(ill, truth)
+    assert auprc(ill, disease_scores(np.vstack([learn, learn]), judged, code)) < ours + 0.01
+
+
+def test_diseases_that_cannot_be_learned_are_refused(records):
+    few = records.copy()
+    few[:, 4] = np.arange(300) < MIN_CASES
+    assert len(disease_scores(few, records, 4)) == 300
+    for scarce in (np.arange(300) < MIN_CASES - 1, np.arange(300) >= MIN_CASES - 1, np.zeros(300)):
+        few[:, 4] = scarce
+        with pytest.raises(ValueError, match="training records carry"):
+            disease_scores(few, records, 4)
+    for code in (-1, 12, "710", 2.0, None):
+        with pytest.raises(ValueError, match="column number"):
+            disease_scores(records, records, code)
+    with pytest.raises(ValueError, match="column number"):
+        disease_scores(records[:, :1], records[:, :1], 0)
