@@ -10,6 +10,7 @@ __all__ = ['ROOMS', 'rooms', 'load', 'notebook_of', 'Mistake', 'told', 'main', '
 import importlib
 import importlib.util
 import inspect
+import json
 import sys
 import typing
 from collections.abc import Iterator
@@ -242,10 +243,12 @@ def generate(room: str, settings: tuple[str, ...], folder: str, n: int, out: str
     "Generate with a trained pipeline; KEY=VALUE words go to its call."
     from medgen_nb.experiments import accept, parse_settings, shipped
     with told():
-        Pipeline, words = load(room).Pipeline, keywords(parse_settings(settings))
+        what, words = load(room), keywords(parse_settings(settings))
         source = Path(folder) / "pipeline" if folder else shipped("pretrained") / room
         if not (source / "model_index.json").exists():
             raise ValueError(f"no trained pipeline in {source}; name a finished run with --run")
+        kept = json.loads((source / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
+        Pipeline = getattr(what, kept, what.Pipeline)   # a rival's run keeps a pipeline of another class
         if n < 1:
             raise ValueError(f"-n must be at least 1, got {n}")
         takes = [key for key in inspect.signature(Pipeline.__call__).parameters if key not in ("self", "n")]

@@ -73,6 +73,11 @@ def test_pictures_survive_in_the_report(place, smoke):
     assert page.count("data:image/png;base64") >= 4 and "src=\"http" not in page and "smoke run: too small to be evidence" in page
 
 
+def test_generate_takes_a_target(place, smoke):
+    result = medgen(place, "generate", "ehr", "--run", "smoke", "-n", "5", "--out", "ill.csv", "target.428=1", "seed=1", "num_inference_steps=3")
+    assert result.returncode == 0 and len(pd.read_csv(place / "ill.csv")) == 5, result.stderr
+
+
 def test_generate_writes_a_table_that_can_be_repeated(place, smoke):
     for name in ("one.csv", "two.csv"):
         result = medgen(place, "generate", "ehr", "--run", "smoke", "-n", "7", "--out", name, "seed=5", "num_inference_steps=3")
