@@ -1,4 +1,5 @@
 # make demo: every room at demo scale, then runs/report.html · make test: all tests · make lab: JupyterLab on nbs/
+# demo and test use one thread a process: on a busy machine numpy's and torch's thread pools wait for each other, and all takes eight times as long.
 # Each sets up .venv itself when it is missing or older than the package's description.
 
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
@@ -19,7 +20,7 @@ $(READY): settings.ini setup.py pyproject.toml
 demo: $(READY)
 	@rm -rf runs/demo
 	@rooms=$$($(BIN)/medgen list --names) && test -n "$$rooms" && for room in $$rooms; do \
-		$(BIN)/medgen run $$room --scale demo --out runs/demo/$$room && $(BIN)/medgen report runs/demo/* || exit 1; done
+		OMP_NUM_THREADS=1 $(BIN)/medgen run $$room --scale demo --out runs/demo/$$room && $(BIN)/medgen report runs/demo/* || exit 1; done
 
 test: $(READY)
 	OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(BIN)/nbdev-test --n-workers 2
