@@ -1,5 +1,5 @@
 # make demo: every room at demo scale, then runs/report.html · make test: all tests · make lab: JupyterLab on nbs/
-# demo and test use one thread a process: on a busy machine numpy's and torch's thread pools wait for each other, and all takes eight times as long.
+# demo and test use one thread a process: on a busy machine numpy's and torch's thread pools wait for each other, and all takes many times as long.
 # Each sets up .venv itself when it is missing or older than the package's description.
 
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEAST_PREVALENCE', 'LEAST_SPREAD', 'QUIET', 'SOFT', 'LOUD', 'OWN', 'CERTAIN', 'TOLD_RECORDS', 'TOLD_CODES',
-           'RecordTokens', 'CodeContext', 'CodeLogits', 'RecordReader', 'EhrDenoiser']
+           'shares_of', 'surprise', 'RecordTokens', 'CodeContext', 'CodeLogits', 'RecordReader', 'EhrDenoiser']
 
 # %% ../../nbs/32_ehr_denoiser.ipynb #7213a6dc
 import torch
@@ -20,6 +20,25 @@ from ..layers import Attention, Block, LinearAttention, TimeEmbedding
 LEAST_PREVALENCE = 1e-4  # a code never seen starts here, not at log 0: rarer than one record in any set we train on
 LEAST_SPREAD = 0.05      # spread of a code of prevalence 0.0025; rarer codes are not made louder still
 QUIET = 0.2              # of a code's constant vector at the start, beside value vectors of 1
+
+
+def shares_of(
+    prevalence: torch.Tensor,  # what should be (N,) shares of records, 0...1
+    codes: int,                # N
+) -> torch.Tensor:
+    "The shares, kept off 0 and 1. Raises `ValueError` unless there is one in 0...1 per code."
+    if prevalence.shape != (codes,) or not ((prevalence >= 0) & (prevalence <= 1)).all():
+        raise ValueError(f"start_at needs one share in 0...1 for each of {codes} codes, got {tuple(prevalence.shape)} "
+                         f"in {prevalence.min():g}...{prevalence.max():g}: take the mean of the training records")
+    return prevalence.clamp(LEAST_PREVALENCE, 1 - LEAST_PREVALENCE)
+
+
+def surprise(
+    belief: torch.Tensor,  # (batch, ...) how much something is believed in, 0...1
+    prior: torch.Tensor,   # (...) how often it is so
+) -> torch.Tensor:         # (batch, ...)
+    "Belief minus prior, in standard deviations of the prior's coin."
+    return (belief - prior) / (prior * (1 - prior)).sqrt().clamp_min(LEAST_SPREAD)
 
 # %% ../../nbs/32_ehr_denoiser.ipynb #52e97f6e
 class RecordTokens(nn.Module):
@@ -42,12 +61,11 @@ class RecordTokens(nn.Module):
         prevalence: torch.Tensor,  # (N,) share of training records in which each code is present, 0...1
     ) -> None:
         "Measure surprise against these. Raises `ValueError` unless K = 2 and there is a share in 0...1 per code."
-        if self.prior.shape != (len(prevalence), 2) or not ((prevalence >= 0) & (prevalence <= 1)).all():
-            raise ValueError(f"start_at needs 2 classes and one share in 0...1 per code; here (codes, classes) = "
-                             f"{tuple(self.prior.shape)} and {len(prevalence)} shares are in {prevalence.min():g}..."
-                             f"{prevalence.max():g}: take the mean of the training records")
-        present = prevalence.clamp(LEAST_PREVALENCE, 1 - LEAST_PREVALENCE)   # (N,)
-        self.prior.copy_(torch.stack([1 - present, present], dim=-1))        # (N, 2)
+        codes, classes = self.prior.shape
+        if classes != 2:
+            raise ValueError(f"start_at needs 2 classes, here are {classes}: only then does the mean of the training records say all")
+        present = shares_of(prevalence, codes)                           # (N,)
+        self.prior.copy_(torch.stack([1 - present, present], dim=-1))    # (N, 2)
 
     def forward(
         self,
@@ -58,10 +76,9 @@ class RecordTokens(nn.Module):
         if belief.shape[1] != len(self.code):
             raise ValueError(f"this denoiser was built for records of {len(self.code)} codes and got {belief.shape[1]}: "
                              "use the vocabulary that it was trained with")
-        spread = (self.prior * (1 - self.prior)).sqrt().clamp_min(LEAST_SPREAD)                          # (N, K)
-        surprise = ((belief - self.prior) / spread)[..., 1:]                                             # (batch, N, K - 1)
-        value = sum(surprise[..., k, None] * self.value[:, k] for k in range(surprise.shape[-1]))        # (batch, N, width)
-        return value + self.code + self.time(t)[:, None]                                                 # (batch, N, width)
+        loud = surprise(belief, self.prior)[..., 1:]                                            # (batch, N, K - 1)
+        value = sum(loud[..., k, None] * self.value[:, k] for k in range(loud.shape[-1]))       # (batch, N, width)
+        return value + self.code + self.time(t)[:, None]                                        # (batch, N, width)
 
 # %% ../../nbs/32_ehr_denoiser.ipynb #89984c56
 SOFT = 1.0   # added to the variance in every norm: tokens with a spread below 1 are not blown up
@@ -104,7 +121,7 @@ class CodeContext(nn.Module):
         return self.norm(h)
 
 # %% ../../nbs/32_ehr_denoiser.ipynb #7d9e3e75
-OWN = 8.0   # a code's own reading is worth OWN / sqrt(width) times its dot product with the latent: it learns as fast as the MLP of a plain autoencoder
+OWN = 8.0   # a code's own reading is worth OWN / sqrt(width) times its dot product with the latent: a start that learns fast (tried 2, 8 and 24)
 
 
 class CodeLogits(nn.Module):

@@ -22,7 +22,7 @@ from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from .denoiser import LEAST_PREVALENCE, LEAST_SPREAD, EhrDenoiser
+from .denoiser import EhrDenoiser, shares_of, surprise
 from .diffusion import FIRST_FORGOTTEN, LAST_FORGOTTEN, MultinomialScheduler, sample
 
 # %% ../../nbs/33_ehr_guidance.ipynb #6b534f30
@@ -62,16 +62,15 @@ class RecordClassifier(ModelMixin, ConfigMixin):
         self,
         prevalence: torch.Tensor,  # (N,) share of training records in which each code is present, 0...1
     ) -> None:
-        "Measure surprise against these, as the denoiser does."
-        self.prior.copy_(prevalence.clamp(LEAST_PREVALENCE, 1 - LEAST_PREVALENCE))
+        "Measure surprise against these, as the denoiser does. Raises `ValueError` unless there is a share in 0...1 per code."
+        self.prior.copy_(shares_of(prevalence, self.config.codes))
 
     def forward(
         self,
         belief: torch.Tensor,  # (batch, N) how much each code's presence is believed in, 0...1
     ) -> torch.Tensor:         # (batch, N) log-odds that the patient carries it
         "What a code's own belief says, plus what the others say about it."
-        spread = (self.prior * (1 - self.prior)).sqrt().clamp_min(LEAST_SPREAD)
-        h = F.gelu(self.read((belief - self.prior) / spread))       # (batch, hidden)
+        h = F.gelu(self.read(surprise(belief, self.prior)))         # (batch, hidden)
         return self.answer(h) + torch.logit(belief, eps=1e-6)       # (batch, N)
 
     def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
