@@ -84,9 +84,9 @@ def list_rooms(names: bool) -> None:
     for name in rooms():
         room, (title, subtitle) = load(name), title_of(notebook_of(name))
         click.echo(f"\n{click.style(name, bold=True)}  {title}\n    {subtitle}\n  data sets: simulated, {', '.join(room.READERS)}\n  runs (--name):")
+        width = max(map(len, room.ABLATIONS))
         for ablation, what in room.ABLATIONS.items():
-            changes = ", ".join(f"{key}={value}" for key, value in what.overrides.items())
-            click.echo(f"    {ablation:<16} {what.tests}{f'  [{changes}]' if changes else ''}")
+            click.echo(f"    {ablation:<{width}}  {what.tests}")
 
 # %% ../nbs/80_command.ipynb #4801dd20
 def run_options(command):
@@ -120,13 +120,13 @@ def run(room: str, name: str, seed: int, out: str, scale: str, data: str, root: 
     if experiment.finished:
         click.echo(f"already finished: {experiment.out}  (remove the folder to run again)")
         return
-    with told():
-        begin(experiment)
     click.echo(f"{room}: {name}, {scale} scale, {data} data, seed {seed} -> {experiment.out}")
     parameters = {"scale": scale, "seed": seed, "name": name, "data": data, "root": str(experiment.root or ""), "out": str(experiment.out),
                   "device": device, "overrides": overrides}
     try:
         with FileLock(experiment.out / LOCK, timeout=0):
+            with told():
+                begin(experiment)
             execute(notebook_of(room), experiment.out / "notebook.ipynb", parameters)
     except Timeout:
         raise Mistake(f"another process is running {experiment.out}; wait for it, or choose another --out") from None

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['Split', 'split_by_patient', 'Table', 'Steps', 'as_it_is', 'loader', 'Normaliser', 'BadRecord', 'fingerprint',
-           'find_data', 'home']
+           'find_data', 'home', 'whole']
 
 # %% ../nbs/01_data.ipynb #e4c26fe4
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -185,3 +186,14 @@ def home() -> Path:
         return Path(os.environ["MEDGEN_HOME"])
     checkout = Path(__file__).resolve().parents[1]
     return checkout if (checkout / "settings.ini").exists() else Path.cwd()
+
+# %% ../nbs/01_data.ipynb #20cf0927
+@contextmanager
+def whole(file: Path) -> Iterator[Path]:
+    "Gives the path to write to; `file` is replaced when the block ends, and stays as it was when the block raises."
+    part = file.with_name(file.name + ".part")
+    try:
+        yield part
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ __all__ = ['SCALES', 'LOCK', 'PAGE', 'accept', 'override', 'flat_config', 'parse
            'load_run', 'write_report']
 
 # %% ../nbs/08_experiments.ipynb #8f2a5bdd
-from .data import find_data, home
+from .data import find_data, home, whole
 from .ledger import Claim, Run, append_run, claims_table, code_state, hardware, read_run
 from .metrics import Estimate, flatten
 from .training import accelerate, stages_folder
@@ -37,6 +37,7 @@ import torch
 import yaml
 from accelerate.utils import set_seed
 from matplotlib.figure import Figure
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 # %% ../nbs/08_experiments.ipynb #3aab475b
@@ -172,9 +173,8 @@ def write_json(
     content,     # what JSON can hold
 ) -> None:
     "Write a JSON file, whole or not at all."
-    part = file.with_name(file.name + ".part")
-    part.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    os.replace(part, file)
+    with whole(file) as part:
+        part.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 # %% ../nbs/08_experiments.ipynb #fd634857
 class Experiment:
@@ -255,6 +255,7 @@ def begin(
     (run.out / "figures").mkdir(exist_ok=True)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")   # what CUDA needs to be deterministic
     torch.use_deterministic_algorithms(True, warn_only=True)
+    threadpool_limits(1, user_api="blas")   # numpy's pool: beside torch's own, on a busy machine, the two wait for each other
     set_seed(run.seed)
     return run
 
@@ -478,7 +479,6 @@ def write_report(
     table = claims_table(claims, recorded)
     page = PAGE.render(rooms=[rooms[name] for name in sorted(rooms)], count=len(folders), columns=list(table.columns), claims=table.values.tolist())
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_suffix(".part")
-    part.write_text(page, encoding="utf-8")
-    os.replace(part, target)
+    with whole(target) as part:
+        part.write_text(page, encoding="utf-8")
     return target

@@ -55,12 +55,17 @@ class Attention(nn.Module):
 
     def forward(
         self,
-        x: torch.Tensor,                   # (batch, tokens, width)
-        bias: torch.Tensor | None = None,  # added to scores (batch, heads, tokens, tokens), 2 axes or more
-    ) -> torch.Tensor:                     # (batch, tokens, width)
-        "Let every token read all tokens."
-        q, k, v = (split_heads(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))  # each (batch, heads, tokens, dim)
-        read = attend(q, k, v, bias)                                                        # (batch, heads, tokens, dim)
+        x: torch.Tensor,                    # (batch, tokens, width)
+        bias: torch.Tensor | None = None,   # added to scores (batch, heads, tokens, tokens), 2 axes or more
+        heard: torch.Tensor | None = None,  # (batch, tokens, width) what is read instead of x; None: x itself
+    ) -> torch.Tensor:                      # (batch, tokens, width)
+        "Let every token of x read all tokens of `heard`."
+        qkv = self.qkv(x).chunk(3, dim=-1)                                   # each (batch, tokens, width)
+        if heard is not None:
+            width = x.shape[-1]
+            qkv = qkv[0], *F.linear(heard, self.qkv.weight[width:], self.qkv.bias[width:]).chunk(2, dim=-1)
+        q, k, v = (split_heads(part, self.heads) for part in qkv)            # each (batch, heads, tokens, dim)
+        read = attend(q, k, v, bias)                                         # (batch, heads, tokens, dim)
         return self.out(join_heads(read))                                                   # (batch, tokens, width)
 
 # %% ../nbs/02_layers.ipynb #b7aac236
@@ -80,10 +85,11 @@ class LinearAttention(Attention):
 
     def forward(
         self,
-        x: torch.Tensor,  # (batch, length, width)
-        bias: None = None,  # there are no pairs of tokens here: anything but None is refused
-    ) -> torch.Tensor:    # (batch, length, width)
-        "Let every token read the mixtures."
+        x: torch.Tensor,                    # (batch, length, width)
+        bias: None = None,                  # there are no pairs of tokens here: anything but None is refused
+        heard: torch.Tensor | None = None,  # (batch, length, width) what is mixed instead of x; None: x itself
+    ) -> torch.Tensor:                      # (batch, length, width)
+        "Let every token of x read the mixtures of `heard`."
         rank, length = self.squeeze.shape[1:]
         if x.shape[1] != length:
             raise ValueError(f"this linear attention was built for {length} tokens and got {x.shape[1]}: "
@@ -92,7 +98,7 @@ class LinearAttention(Attention):
             raise ValueError("linear attention compares tokens with mixtures, so a bias for pairs of tokens has no meaning: "
                              "use Attention")
         (wq, wk, wv), (bq, bk, bv) = self.qkv.weight.chunk(3), self.qkv.bias.chunk(3)
-        for_k, for_v = (self.gain * self.squeeze.flatten(0, 1) @ x).chunk(2, dim=1)        # each (batch, rank, width)
+        for_k, for_v = (self.gain * self.squeeze.flatten(0, 1) @ (x if heard is None else heard)).chunk(2, dim=1)   # each (batch, rank, width)
         qkv = F.linear(x, wq, bq), F.linear(for_k, wk, bk), F.linear(for_v, wv, bv)        # q has length tokens, k and v rank
         read = attend(*(split_heads(part, self.heads) for part in qkv))                    # (batch, heads, length, dim)
         return self.out(join_heads(read))                                                  # (batch, length, width)
@@ -183,7 +189,7 @@ class Block(nn.Module):
         self,
         width: int,              # numbers per token
         mlp_hidden: int,         # numbers per token inside the MLP
-        attention: nn.Module,    # (batch, tokens, width), bias -> (batch, tokens, width): Attention, LinearAttention, ...
+        attention: nn.Module,    # (batch, tokens, width), bias[, heard] -> (batch, tokens, width): Attention, LinearAttention, ...
         cond_width: int | None,  # numbers per condition for adaptive norms that start closed; None: plain norms
     ):
         super().__init__()
@@ -196,14 +202,16 @@ class Block(nn.Module):
         x: torch.Tensor,                   # (batch, tokens, width)
         cond: torch.Tensor | None = None,  # (batch, cond_width) or (batch, tokens, cond_width), when built with cond_width
         bias: torch.Tensor | None = None,  # for the attention
+        aloud: torch.Tensor | None = None, # (batch, tokens, width) added to what tokens hear of each other, not to x; plain norms only
     ) -> torch.Tensor:                     # (batch, tokens, width)
         "Listen, then think."
         if (cond is None) != (self.cond_width is None):
             raise ValueError(f"this block was built with cond_width={self.cond_width} and got "
                              f"{'no' if cond is None else 'a'} condition: make the two agree")
         if cond is None:
-            x = x + self.attention(self.norm1(x), bias)     # (batch, tokens, width)
-            return x + self.mlp(self.norm2(x))              # (batch, tokens, width)
+            heard = () if aloud is None else (self.norm1(x + aloud),)
+            x = x + self.attention(self.norm1(x), bias, *heard)   # (batch, tokens, width)
+            return x + self.mlp(self.norm2(x))                    # (batch, tokens, width)
         heard, gate = self.norm1(x, cond)                   # (batch, tokens, width), (batch, 1 or tokens, width)
         x = x + gate * self.attention(heard, bias)          # (batch, tokens, width)
         heard, gate = self.norm2(x, cond)

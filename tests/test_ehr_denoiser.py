@@ -4,11 +4,11 @@ import copy
 import pytest
 import torch
 
-from medgen_nb.ehr.denoiser import LOUD, EhrDenoiser, RecordTokens
+from medgen_nb.ehr.denoiser import LOUD, CodePairs, EhrDenoiser, RecordTokens, sureness
 from medgen_nb.ehr.diffusion import MultinomialDiffusion, MultinomialScheduler, sample
 
 CONFIG = dict(codes=6, classes=2, width=16, depth=2, heads=2, rank=3, attention="linear", mlp_ratio=2, steps=8,
-              schedule="cosine", times="uniform", objective="hybrid", ce_weight=0.05, evidence=False, conditional=False)
+              schedule="cosine", times="uniform", objective="hybrid", ce_weight=0.05, evidence=False, pairs=False, conditional=False)
 
 
 def make(**changes) -> EhrDenoiser:
@@ -32,9 +32,48 @@ T = torch.arange(5)
 @pytest.mark.parametrize("classes", [2, 4])
 def test_the_stages_make_the_forward(xt, attention, classes):
     model = make(attention=attention, classes=classes)
-    latent = model.contextualise(model.embed(torch.nn.functional.one_hot(xt, classes).float(), T))
+    asked, aloud = model.embed(torch.nn.functional.one_hot(xt, classes).float(), T)
+    latent = model.contextualise(asked + aloud)      # without evidence a code keeps what it says
     assert latent.shape == (5, 6, 16)
     assert torch.equal(model.read_out(latent), model(xt, T)) and model(xt, T).shape == (5, 6, classes)
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_with_evidence_a_code_tells_its_value_to_others_only(xt, classes):
+    model = make(classes=classes, evidence=True, pairs=True)
+    torch.nn.init.normal_(model.pairing.weight)
+    belief, said = model.hear(xt, T)
+    latent = model.contextualise(*model.embed(belief, T))
+    torch.testing.assert_close(model(xt, T), model.read_out(latent) + said + model.pairing(belief, model.embed.prior))
+    alone = make(classes=classes, evidence=True, depth=0)
+    flipped = 1 - xt
+    assert torch.equal(alone.listen(xt, T)[1], alone.listen(flipped, T)[1])      # the latent knows nothing of the own value,
+    assert not torch.allclose(alone(xt, T), alone(flipped, T))                   # the answer does
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_pairs_speak_to_all_but_themselves(classes):
+    torch.manual_seed(0)
+    pairs = CodePairs(6, classes)
+    prior = torch.full((6, classes), 1 / classes)
+    belief = torch.rand(3, 6, classes).softmax(-1)
+    assert not pairs(belief, prior).any()                                        # silent at the start
+    torch.nn.init.normal_(pairs.weight)
+    assert not pairs(prior[None], prior).any() and not pairs(belief, prior)[..., 0].any()
+    changed = belief.clone()
+    changed[:, 2] = torch.eye(classes)[-1]
+    moved = (pairs(changed, prior) - pairs(belief, prior)).abs().amax((0, 2)) > 1e-6
+    assert moved.tolist() == [True, True, False, True, True, True]
+
+
+def test_sureness_is_the_unit_in_which_exclusion_is_linear():
+    "Codes i and j exclude each other: log-odds of i shift by -1 for each unit of sureness about j, at every noise (Bayes' rule by hand)."
+    noise, p_i, p_j = MultinomialDiffusion(2, 20, "cosine", "uniform"), 0.1, 0.2
+    absent, present = noise.marginal(torch.ones(12, 1, dtype=torch.int64), torch.arange(12))[:, 0].T   # q("present" | x0)
+    j, not_j = p_j * absent * present, (1 - p_i - p_j) * absent * absent
+    shift = (p_i * present * absent / (j + not_j)).log() - (p_i / (1 - p_i) * present / absent).log()
+    sure = sureness(j / (j + not_j))
+    torch.testing.assert_close(shift.diff(), -sure.diff())
 
 
 def test_linear_with_identity_mixtures_is_full(xt):
@@ -182,7 +221,7 @@ def test_a_rare_code_is_louder_than_a_common_one():
     torch.manual_seed(0)
     tokens = RecordTokens(2, 2, 64)
     tokens.start_at(torch.tensor([0.01, 0.5]))
-    silent, present = (tokens(belief[None], torch.tensor([0]))[0] for belief in (tokens.prior, torch.tensor([[0.0, 1], [0, 1]])))
+    silent, present = (tokens(belief[None], torch.tensor([0]))[1][0] for belief in (tokens.prior, torch.tensor([[0.0, 1], [0, 1]])))
     moved = (present - silent).norm(dim=-1)
     assert moved[0] > 5 * moved[1] > 0
-    torch.testing.assert_close(silent, tokens.code + tokens.time(torch.tensor([0])))
+    assert not silent.any()

@@ -304,6 +304,20 @@ def test_timesteps_begin_and_end_where_they_should():
     assert scheduler.timesteps.tolist() == [T - 1]
 
 
+@pytest.mark.parametrize("density", [1.5, 2.0, 4.0])
+def test_dense_times_are_distinct_and_closer_in_heavy_noise(density):
+    scheduler = MultinomialScheduler(T, 2, "cosine", density=density)
+    for n in range(2, T + 1):
+        scheduler.set_timesteps(n)
+        visited = scheduler.timesteps.tolist()
+        assert len(set(visited)) == n and visited == sorted(visited, reverse=True) and (visited[0], visited[-1]) == (T - 1, 0)
+    scheduler.set_timesteps(T // 3)
+    gaps = -scheduler.timesteps.diff()
+    assert gaps[0] < gaps[-1]
+    with pytest.raises(ValueError, match="density"):
+        MultinomialScheduler(T, 2, "cosine", density=0.5)
+
+
 def test_last_step_gives_the_networks_own_law():
     logits = torch.tensor([[[0.0, 1.0], [2.0, 0.0]]]).expand(5000, 2, 2)
     x = torch.randint(2, (5000, 2))

@@ -11,7 +11,7 @@ from medgen_nb.ehr.guidance import EHRD3PMPipeline, Guidance, RecordClassifier, 
 
 CODES, STEPS = 6, 8
 CONFIG = dict(codes=CODES, classes=2, width=16, depth=1, heads=2, rank=3, attention="linear", mlp_ratio=2, steps=STEPS,
-              schedule="cosine", times="uniform", objective="ce", ce_weight=0.05, evidence=True, conditional=False)
+              schedule="cosine", times="uniform", objective="ce", ce_weight=0.05, evidence=True, pairs=True, conditional=False)
 ICD = ["428", "427", "401", "250", "585", "V58"]
 PREVALENCE = torch.tensor([0.1, 0.1, 0.3, 0.5, 0.05, 0.02])
 STILL = dict(tau=0.0, sharpness=1.0)

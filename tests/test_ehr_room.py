@@ -17,7 +17,7 @@ from medgen_nb.experiments import SCALES, flat_config, override
 def denoiser(codes=6):
     torch.manual_seed(0)
     return EhrDenoiser(codes=codes, classes=2, width=8, depth=1, heads=2, rank=3, attention="linear", mlp_ratio=2.0, steps=10, schedule="geometric",
-                       times="uniform", objective="ce", ce_weight=0.1, evidence=True, conditional=False)
+                       times="uniform", objective="ce", ce_weight=0.1, evidence=True, pairs=True, conditional=False)
 
 
 @pytest.fixture

@@ -271,18 +271,21 @@ class MultinomialScheduler(SchedulerMixin, ConfigMixin):
         num_classes: int,          # K, categories per variable
         schedule: str,             # 'cosine', 'linear' or 'geometric', as in training
         last: str = "draw",        # the final step to x0: 'draw' from the law, or its 'argmax' (D3PM's choice)
+        density: float = 1.0,      # 1: visited times are evenly spaced; more: they lie closer together in heavy noise (ours)
     ):
-        if last not in ("draw", "argmax"):
-            raise ValueError(f"last must be 'draw' or 'argmax', not {last!r}; correct the scheduler's config")
+        if last not in ("draw", "argmax") or not density >= 1:
+            raise ValueError(f"last must be 'draw' or 'argmax' and density at least 1, got {last!r} and {density}; correct the scheduler's config")
         self.process = CodeBridge(num_classes, num_train_timesteps, schedule)
         self.set_timesteps(num_train_timesteps)
 
     def set_timesteps(self, num_inference_steps: int) -> None:
-        "Visit 1..T evenly spaced times from T-1 down to 0 (one step: T-1 alone, then the record). `ValueError` outside 1..T."
+        "Visit 1..T times from T-1 down to 0, spaced as `density` says (one step: T-1 alone, then the record). `ValueError` outside 1..T."
         trained = self.config.num_train_timesteps
         if not 1 <= num_inference_steps <= trained:
             raise ValueError(f"can sample in 1..{trained} steps, as many as were trained, not {num_inference_steps}; ask for fewer")
-        self.timesteps = torch.linspace(trained - 1, 0, num_inference_steps, dtype=torch.float64).round().long()
+        way, count = torch.linspace(0, 1, num_inference_steps, dtype=torch.float64), torch.arange(num_inference_steps)
+        wished = ((trained - 1) * (1 - way**self.config.density)).round().long()   # (steps,), two of them may be equal
+        self.timesteps = (wished + count).cummin(0).values - count                 # the same, each below the one before
 
     def noise(self, shape: tuple, generator: torch.Generator | None = None, device: str | torch.device = "cpu") -> Tensor:
         "Uniform categories to start from, (n, N) int64 on `device`; made on the generator's device."

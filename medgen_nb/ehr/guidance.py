@@ -9,7 +9,6 @@ __all__ = ['ONE_LEVEL', 'USUAL_STEPS', 'relax', 'RecordClassifier', 'Guidance', 
 # %% ../../nbs/33_ehr_guidance.ipynb #7bef76fe
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
+from ..data import whole
 from .denoiser import EhrDenoiser, shares_of, surprise
 from .diffusion import FIRST_FORGOTTEN, LAST_FORGOTTEN, MultinomialScheduler, sample
 
@@ -121,8 +121,7 @@ def guide(
     """Guided logits (EHR-D3PM, section 4.3): from y = z_{L,t}, steps y - eta grad[lam KL(y) - V(y)] + sqrt(2 eta tau) noise.
     KL is between the codes decoded from y and from the unguided latent, summed over codes."""
     with torch.no_grad():
-        belief, said = denoiser.hear(xt, t)
-        y = denoiser.contextualise(denoiser.embed(belief, t))                      # (batch, N, width)
+        belief, y, said = denoiser.listen(xt, t)                                   # (batch, N, 2), (batch, N, width), (batch, N, 2)
         unguided = (denoiser.read_out(y) + said).log_softmax(-1)                   # (batch, N, 2)
     for _ in range(guidance.inner):
         with torch.enable_grad():
@@ -171,9 +170,8 @@ class RecordsPipeline(DiffusionPipeline):
             raise ValueError(f"{out} is a folder; name a CSV file")
         if out is not None:
             out.parent.mkdir(parents=True, exist_ok=True)
-            part = out.with_name(out.name + ".part")
-            records.to_csv(part)
-            os.replace(part, out)
+            with whole(out) as part:
+                records.to_csv(part)
         return out
 
 # %% ../../nbs/33_ehr_guidance.ipynb #deb100a6

@@ -49,6 +49,7 @@ class DenoiserConfig:
     attention: Literal["linear", "full"] = "linear"          # linear is the paper's
     mlp_ratio: float = 2.0                                   # hidden width of the MLPs, in widths
     evidence: bool = True                                    # each code's own evidence is computed, not learned
+    pairs: bool = True                                       # a table of pairs beside the blocks
     conditional: bool = False                                # trained to be told codes, instead of guided
 
 # %% ../../nbs/36_ehr_run.ipynb #d60da98b
@@ -117,8 +118,9 @@ class SampleConfig:
     "Sampling and evaluation."
     n: int = 10_000                                 # records to generate, all for the prevalences ...
     judged: int = 4_000                             # ... and so many for the other metrics
-    steps: int = 20                                 # sampling steps, <= diffusion.steps
+    steps: int = 40                                 # sampling steps, <= diffusion.steps
     last: Literal["draw", "argmax"] = "draw"        # the last step: draw from the law, or its likeliest value
+    density: float = 2.0                            # how much closer together the visited times lie in heavy noise; 1: evenly
     replicates: int = 200                           # bootstrap resamples
     lengths: tuple[int, ...] = (64, 256, 1024, 2048)   # codes for which time and memory of both attentions are measured; empty: left out
 
@@ -153,7 +155,7 @@ SCALE_CHANGES = {
               "guide.fit.save_every": 10, "utility.diseases": 1, "utility.rate": 0.1, "utility.guided": 40, "gan.pretrain.steps": 10,
               "gan.pretrain.warmup": 2, "gan.pretrain.save_every": 10, "gan.width": 16, "gan.critic": 16, "gaussian.width": 16},
     "demo": {"start": "pretrained", "data.train": 4_000, "data.val": 500, "data.test": 2_000, "data.fresh": 2_000, "fit.steps": 40, "fit.lr": 2e-4, "fit.warmup": 10,
-             "fit.ema": 0.9, "fit.save_every": 20, "sample.n": 1_500, "sample.judged": 1_500, "sample.replicates": 100, "sample.lengths": (),
+             "fit.ema": 0.9, "fit.save_every": 20, "sample.n": 1_500, "sample.judged": 1_500, "sample.steps": 20, "sample.replicates": 100, "sample.lengths": (),
              "guide.n": 200, "guide.sweep": 0, "guide.fit.steps": 100, "utility.diseases": 0},
     # the sizes that public MIMIC-III preparations reach (1,782 codes, 41,000 patients: EHRDiff); the network is our guess
     "paper": {"data.codes": 1_782, "data.train": 41_000, "denoiser.width": 256, "denoiser.depth": 6, "denoiser.heads": 8, "denoiser.rank": 64,
@@ -182,13 +184,17 @@ ABLATIONS = {
     "steps-1000": Ablation(FIDELITY | {"diffusion.steps": 1000}, "E7: more noising steps"),
     "schedule": Ablation(FIDELITY | {"diffusion.schedule": "cosine"}, "E7: the parents' cosine instead of the geometric schedule"),
     "no-evidence": Ablation(FIDELITY | {"denoiser.evidence": False}, "E7: the network must learn Bayes' rule for single codes itself"),
+    "no-pairs": Ablation(FIDELITY | {"denoiser.pairs": False}, "E7: no table of pairs beside the blocks"),
     "loss": Ablation(FIDELITY | {"diffusion.objective": "hybrid"}, "E7: the variational bound with a little cross-entropy"),
     "conditional": Ablation(GUIDED | {"denoiser.conditional": True}, "E3: a model trained with the condition, instead of guidance"),
     "guidance-eta": Ablation(GUIDED | {"guide.eta": Guidance.eta / 10}, "E3: a tenth of the step length"),
     "guidance-lambda": Ablation(GUIDED | {"guide.lam": Guidance.lam / 10}, "E3: a tenth of the weight on realism"),
-    "guidance-tau": Ablation(GUIDED | {"guide.tau": 1e-3}, "E3: Langevin noise"),
+    "guidance-tau": Ablation(GUIDED | {"guide.tau": 0.1}, "E3: Langevin noise"),
     "guidance-miscalibrated": Ablation(GUIDED | {"guide.sharpness": 5.0}, "E3: an overconfident classifier"),
     "guidance-rare": Ablation(GUIDED | {"guide.rate": 0.001}, "E8: a disease of one patient in a thousand"),
+    "fault-collapse": Ablation(FIDELITY | {"sample.last": "argmax"}, "E12: the last step takes the likeliest value, which collapses rare codes to none"),
+    "fault-memorise": Ablation(FIDELITY | {"data.train": 500}, "E12: 500 patients, seen 384 times each, are learned by heart"),
+    "fault-drift": Ablation(GUIDED | {"guide.lam": 0.0, "guide.eta": 10 * Guidance.eta}, "E12: guidance without the KL that keeps records real, and with long steps"),
     "guidance-pair": Ablation(GUIDED | {"guide.diseases": 2}, "E8: two diseases at once"),
 }
 
@@ -275,7 +281,7 @@ MEANING = {
     "codes_per_record": "mean number of codes per generated record (floor: real records)",
     "guided_rate": "share of guided records that carry what was asked for",
     "guided_mcad": "mcad of guided records to real patients with the disease",
-    "unguided_mcad": "mcad of unguided records to test patients",
+    "unguided_mcad": "mcad of unguided records to test patients, as many of both as for guided_mcad",
     "conditional_mcad_floor": "mcad between two halves of the real patients with the disease",
     "guided_prevalence_r": "correlation of the other codes' prevalences, guided against real patients with the disease",
     "guided_seconds": "seconds for 1,000 guided records",
@@ -289,4 +295,5 @@ MEANING = {
     "sample_seconds": "seconds to generate all records",
     "train_minutes": "minutes of training, stages loaded from the cache included",
     "parameters": "numbers that the generator has learned",
+    "alarm": "1: a rule of section 8 fires (in a run fault-...: the rule of that fault), 0: none does",
 }
