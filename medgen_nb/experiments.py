@@ -396,7 +396,7 @@ def metric_rows(
     meaning: Mapping[str, str],           # metric -> explanation
 ) -> list[dict[str, str]]:
     "One row per metric: value with interval, floor, trivial generator, how many patients, meaning."
-    number = lambda value: "–" if value is None else f"{value:.3g}"
+    number = lambda value: "–" if value is None else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
     rows = []
     for name, value in metrics.items():
         if name.endswith(("_lo", "_hi", "_n", "_floor", "_trivial")):

@@ -183,11 +183,11 @@ def test_the_kl_pulls_back(xt, classifier):
 def test_at_rest_log_odds_have_moved_by_the_gradient_over_lambda(xt, classifier, lam):
     "The optimum of lam KL - V: Bayes' rule to first order (derived in the notebook), for the wanted code and the others."
     model, target = make(), {0: 1}
-    logits = guide(model, classifier, xt, T, target, Guidance(eta=0.5, lam=lam, inner=3000, **STILL))
+    logits = guide(model, classifier, xt, T, target, Guidance(eta=0.2, lam=lam, inner=4000, **STILL))
     belief, p = model.hear(xt, T)[0], logits.softmax(-1)[..., 1].requires_grad_()
     logp = torch.stack([1 - p, p], -1).log()
     slope, = torch.autograd.grad(log_target(logp, belief, target, classifier, 1.0).sum(), p)
-    torch.testing.assert_close(log_odds(logits) - log_odds(model(xt, T)), slope / lam, atol=0.02, rtol=0)
+    torch.testing.assert_close(log_odds(logits) - log_odds(model(xt, T)), slope / lam, atol=0.1, rtol=0)
     assert slope[:, 1:].abs().max() > 0.5
 
 
