@@ -30,7 +30,7 @@ def test_every_line_of_the_grid_runs(tmp_path, monkeypatch, name):
     metrics = run_cells(tmp_path, monkeypatch, name=name)
     missing = [m + mark for m in ALWAYS for mark in ("", "_floor", "_trivial") if metrics.get(m + mark) is None]
     assert not missing
-    assert ("guided_rate" in metrics) == (name in ("base", "conditional") or name.startswith("guidance-"))
+    assert ("guided_rate" in metrics) == (name in ("base", "conditional", "fault-drift") or name.startswith("guidance-"))
     assert ("rare_auprc_gain" in metrics) == (name == "base")
     assert (tmp_path / "run" / "pipeline" / "model_index.json").exists()
 
