@@ -96,6 +96,7 @@ def test_generate_writes_a_table_that_can_be_repeated(place, smoke):
     (["run", "ehr", "-p", "fit.save_every=0"], "at least 1"), (["run", "ehr", "-p", "fit.lr=.inf"], "must be float"), (["run", "ehr", "--out", "README.md"], "is a file"), (["run", "ehr", "--out", "nbs"], "holds no run"),
     (["sweep", "ehr", "--seeds", "a"], "--seeds"), (["sweep", "ehr", "--names", "x"], "unknown run name"), (["record", "nowhere"], "not finished"),
     (["generate", "ehr", "--run", "nowhere"], "no trained pipeline"), (["check-data", "cinema", "."], "unknown data set"), (["check-data", "mimic3", "nowhere"], "no folder"),
+    (["predict", "ehr", "record"], "it generates"), (["predict", "ecg", "record", "--run", "nowhere"], "no trained pipeline"), (["generate", "ecg"], "medgen predict"),
     (["report", "nowhere"], "no finished run"), (["run", "ehr", "--colour", "red"], "No such option")])
 def test_bad_input_is_one_line_exit_2_and_nothing_written(place, words, told, monkeypatch):
     from click.testing import CliRunner
@@ -194,4 +195,4 @@ def test_broken_real_data_is_named_file_by_file(place, tmp_path):
 def test_list_tells_rooms_runs_and_data_sets(place):
     result = medgen(place, "list")
     assert result.returncode == 0 and all(word in result.stdout for word in ("ehr", "mimic3", "full-attention", "teach"))
-    assert medgen(place, "list", "--names").stdout.split() == ["ehr"]
+    assert medgen(place, "list", "--names").stdout.split() == ["ehr", "ecg"]

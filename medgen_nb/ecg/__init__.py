@@ -1,0 +1,1 @@
+"""12-lead diagnosis by a hierarchical transformer (arXiv 2411.00755)."""
