@@ -138,7 +138,8 @@ def test_readme_commands_are_what_ci_runs():
     readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci" / "run").read_text()
     for command in ("make demo", "make test"):
         assert command in readme and re.search(rf"^{command}$", ci, re.M)
-    assert 60 <= len(readme.splitlines()) <= 160, "about a hundred lines, and the tables"
+    written = re.sub(r"<!-- (\w+) -->.*?<!-- /\1 -->", "", readme, flags=re.S)
+    assert 60 <= len(written.splitlines()) <= 130, "about a hundred lines, beside the generated tables"
 
 
 def test_all_claims_are_written_down():
