@@ -390,8 +390,9 @@ def summarise(
         row = dict(zip(("room", "data", "scale", "run"), key)) | {"seeds": len(seeds)}
         for metric in metrics:
             values = [run.metrics[metric] for run in seeds.values() if run.metrics.get(metric) is not None]
-            spread = f" ± {np.std(values, ddof=1):.2g}" if len(values) > 1 else ""
-            row[metric] = f"{np.mean(values):.3g}{spread}" if values else "–"
+            tidy = lambda value, digits: f"{0 if abs(value) < 1e-12 else value:.{digits}g}"   # rounding dust is nothing
+            spread = f" ± {tidy(np.std(values, ddof=1), 2)}" if len(values) > 1 else ""
+            row[metric] = f"{tidy(np.mean(values), 3)}{spread}" if values else "–"
         rows.append(row | {"minutes": f"{np.mean([run.minutes for run in seeds.values()]):.1f}"})
     return pd.DataFrame(rows)
 
