@@ -1,37 +1,19 @@
 "Every line of the ECG room's grid runs at smoke scale; in this process, without a kernel."
-import json
 from pathlib import Path
 
-import matplotlib
-import nbformat
 import pytest
 
 from medgen_nb.ecg.model import EcgPipeline
 from medgen_nb.ecg.room import ABLATIONS, MEANING, Config
 
-NOTEBOOK = Path(__file__).parents[1] / "nbs" / "53_ecg_run.ipynb"
-CELLS = [cell for cell in nbformat.read(NOTEBOOK, 4).cells if cell.cell_type == "code"]
 REAL = Path(__file__).parents[2] / "shared" / "real" / "ecg"
 SETS = {"cinc2021": REAL / "challenge-2021", "ludb": REAL / "lobachevsky-university-electrocardiography-database-1.0.1"}
 ALWAYS = {"f2", "g2", "challenge", "auroc", "auprc", "parameters", "multiply_adds", "latency_ms"}
 
 
-def run_cells(tmp_path: Path, monkeypatch, **parameters) -> dict:
-    "Run the notebook's cells in one namespace with some parameters replaced; returns metrics.json."
-    matplotlib.use("Agg")
-    monkeypatch.setenv("MEDGEN_HOME", str(tmp_path))
-    space = {"__name__": "run"}
-    for cell in CELLS:
-        exec(compile(cell.source, "53_ecg_run", "exec"), space)
-        if "parameters" in cell.metadata.get("tags", []):
-            space |= {"scale": "smoke", "out": str(tmp_path / "run")} | parameters
-    matplotlib.pyplot.close("all")
-    return json.loads((tmp_path / "run" / "metrics.json").read_text())
-
-
 @pytest.mark.parametrize("name", ABLATIONS)
-def test_every_line_of_the_grid_runs(tmp_path, monkeypatch, name):
-    metrics = run_cells(tmp_path, monkeypatch, name=name)
+def test_every_line_of_the_grid_runs(run_cells, tmp_path, name):
+    metrics = run_cells("53_ecg_run", name=name)
     assert not {m for m in ALWAYS if metrics.get(m) is None}
     assert ("lead_agreement" in metrics) == (name not in ("prna", "no-gate"))
     table, weights = EcgPipeline.from_pretrained(tmp_path / "run" / "pipeline")(signal(), fs=250.0)
@@ -46,10 +28,10 @@ def signal():
 
 
 @pytest.mark.parametrize("data", SETS)
-def test_real_sets_run(tmp_path, monkeypatch, data):
+def test_real_sets_run(run_cells, data):
     if not SETS[data].is_dir():
         pytest.skip("the real samples do not lie beside the checkout")
-    metrics = run_cells(tmp_path, monkeypatch, data=data, root=str(SETS[data]))
+    metrics = run_cells("53_ecg_run", data=data, root=str(SETS[data]))
     assert metrics["parameters"] > 0 and "lead_agreement" not in metrics
 
 

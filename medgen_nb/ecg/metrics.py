@@ -15,6 +15,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 import pandas as pd
 
+# %% ../../nbs/52_ecg_metrics.ipynb #589c3a0c
+from .data import COLUMN, DIAGNOSES, EQUIVALENT as TWINS
+
 # %% ../../nbs/52_ecg_metrics.ipynb #bc9103fe
 NORMAL = "426783006"   # sinus rhythm: what the inactive classifier says of everybody
 # The 27 diagnoses scored in 2020, in the order of weights.csv of physionetchallenges/evaluation-2020 (BSD 2-clause):
@@ -29,7 +32,7 @@ SCALE = {
     "164934002": ("TAb", 20), "59931005": ("TInv", 20), "17338001": ("VPB", 10),
 }
 # scored as one diagnosis (dx_mapping_scored.csv, Notes); the first code stays
-EQUIVALENT = (("713427006", "59118001"), ("284470004", "63593006"), ("427172004", "17338001"))
+EQUIVALENT = tuple((DIAGNOSES[COLUMN[kept]].code, DIAGNOSES[COLUMN[other]].code) for kept, other in TWINS)
 
 # %% ../../nbs/52_ecg_metrics.ipynb #bb9530b6
 def _known(
