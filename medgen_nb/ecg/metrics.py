@@ -6,7 +6,7 @@
 __all__ = ['NORMAL', 'SCALE', 'EQUIVALENT', 'BETA', 'THRESHOLDS', 'challenge_weights', 'merged_classes', 'merge_equivalent',
            'challenge_scores', 'decide', 'challenge_by_threshold', 'best_threshold', 'best_thresholds',
            'prepare_scores', 'calibration_table', 'calibration_error', 'cooccurrence', 'confusion', 'LeadAgreement',
-           'lead_agreement']
+           'lead_agreement', 'attention_inside']
 
 # %% ../../nbs/52_ecg_metrics.ipynb #2fb4c61d
 from collections.abc import Callable, Sequence
@@ -403,3 +403,22 @@ def lead_agreement(
     means = (np.einsum("nkl,nkl->nk", weights, share), weights.mean(axis=2) * share.sum(axis=2), share @ habit,
              share.max(axis=2))
     return LeadAgreement(*(float(per_class(values).mean()) for values in means))
+
+# %% ../../nbs/52_ecg_metrics.ipynb #9e9235eb
+def attention_inside(
+    weights: np.ndarray,    # (n, tokens); what is below 0 (differential attention) counts as 0
+    centres: np.ndarray,    # (tokens,) samples
+    intervals: np.ndarray,  # (n, k, 2) first and last sample of each interval; below 0: no interval
+) -> tuple[np.ndarray, np.ndarray]:
+    """Share of each record's attention inside its intervals, and share of the tokens there (chance), (n,) each in 0..1;
+    NaN for a record whose attention or intervals are empty (claim C6; definition ours). Raises `ValueError` on bad shapes."""
+    weights, centres, intervals = np.asarray(weights, dtype=np.float64), np.asarray(centres), np.asarray(intervals)
+    if weights.ndim != 2 or centres.shape != weights.shape[1:] or intervals.ndim != 3 or intervals.shape[::2] != (len(weights), 2):
+        raise ValueError(f"weights (records, tokens), centres (tokens,) and intervals (records, k, 2) are wanted, got {weights.shape}, "
+                         f"{centres.shape} and {intervals.shape}; take the same records of all")
+    first, last = intervals[..., :1], intervals[..., 1:]
+    inside = ((first >= 0) & (last >= first) & (centres >= first) & (centres <= last)).any(axis=1)   # (n, tokens)
+    looked = np.clip(weights, 0, None)
+    some = inside.any(axis=1)
+    share = _divide((looked * inside).sum(axis=1), np.where(some, looked.sum(axis=1), 0))
+    return share, np.where(some, inside.mean(axis=1), np.nan)

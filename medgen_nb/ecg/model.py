@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['N_LEADS', 'KERNELS', 'STRIDES', 'PADDINGS', 'CHANNELS', 'TAPS', 'FIRST_LAMBDA', 'LAMBDA_GROWTH', 'LAMBDA_RATE',
            'LAMBDA_SPREAD', 'TOKEN_SPREAD', 'SEVERAL', 'DEEP', 'HEAD_DROPOUT', 'GATE_DROPOUT', 'CHOICES', 'TEMPERATURE',
-           'token_counts', 'windows', 'LeadEncoder', 'PlainAttention', 'DifferentialAttention', 'EcgLayer', 'positions',
-           'Stages', 'StageReader', 'PlainHead', 'GatedHead', 'EcgConfig', 'EcgOutput', 'start_weights', 'EcgModel',
-           'EcgTransformer', 'PrnaConfig', 'Prna', 'ProjectionHead', 'info_nce', 'Contrast', 'contrastive_loss',
-           'as_record', 'as_batch', 'PipelineFolder', 'EcgPipeline']
+           'token_counts', 'windows', 'token_centres', 'LeadEncoder', 'softmax_map', 'PlainAttention',
+           'DifferentialAttention', 'EcgLayer', 'positions', 'Stages', 'StageReader', 'PlainHead', 'GatedHead',
+           'EcgConfig', 'EcgOutput', 'start_weights', 'EcgModel', 'EcgTransformer', 'attention_over_time', 'PrnaConfig',
+           'Prna', 'ProjectionHead', 'info_nce', 'Contrast', 'contrastive_loss', 'as_record', 'as_batch',
+           'PipelineFolder', 'EcgPipeline']
 
 # %% ../../nbs/51_ecg_model.ipynb #ce6dcbfc
 import json
@@ -62,6 +63,15 @@ def windows() -> tuple[list[int], list[int]]:
         steps.append(steps[-1] * stride)
     return seen[1:], steps[1:]
 
+
+def token_centres(
+    samples: int,  # per lead
+    layer: int,    # convolution, from 1
+) -> torch.Tensor:  # (tokens,) samples from the start of the record
+    "Where the middle of what each token sees lies."
+    seen, steps = windows()
+    return torch.arange(token_counts(samples, layer)[-1]) * steps[layer - 1] + (seen[layer - 1] - 1) / 2 - PADDINGS[0]   # only the first pads
+
 # %% ../../nbs/51_ecg_model.ipynb #304963ca
 class LeadEncoder(nn.Module):
     "Four or six convolutions; their raw outputs (before norm and ReLU) are what the stages read (released code)."
@@ -96,6 +106,14 @@ class LeadEncoder(nn.Module):
         return taken
 
 # %% ../../nbs/51_ecg_model.ipynb #a0439c1d
+def softmax_map(
+    q: torch.Tensor,  # (batch, heads, asking, dim)
+    k: torch.Tensor,  # (batch, heads, tokens, dim)
+) -> torch.Tensor:    # (batch, heads, asking, tokens), rows sum to 1
+    "How much each asking token weighs each token."
+    return (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1)
+
+
 class PlainAttention(nn.Module):
     "Multi-head self-attention without biases, asked by the first tokens only where no other answer is wanted."
 
@@ -129,6 +147,11 @@ class PlainAttention(nn.Module):
         q, k, v = (split_heads(part, self.heads) for part in self.project(x, keep))   # each (batch, heads, tokens, dim)
         return self.out(join_heads(F.scaled_dot_product_attention(q, k, v)))          # (batch, keep, width)
 
+    def maps(self, x: torch.Tensor, keep: int | None = None) -> torch.Tensor:
+        "The weights of `forward` written out, (batch, heads, keep, tokens): to look at, not for speed."
+        q, k, _ = (split_heads(part, self.heads) for part in self.project(x, keep))
+        return softmax_map(q, k)
+
 # %% ../../nbs/51_ecg_model.ipynb #87f7a3e4
 FIRST_LAMBDA, LAMBDA_GROWTH, LAMBDA_RATE = 0.8, 0.6, 0.3   # lambda starts at 0.8 - 0.6 exp(-0.3 depth), depth 0, 1, ... (released code)
 LAMBDA_SPREAD = 0.1                                        # of its learned vectors at the start (Differential Transformer, Ye et al. 2024)
@@ -161,6 +184,11 @@ class DifferentialAttention(PlainAttention):
                 for a, b in zip(q.split(half, dim=-1), k.split(half, dim=-1))]                 # each (batch, heads, keep, dim)
         difference = self.norm((read[0] - self.subtracted() * read[1]).float()) * (1 - self.start)      # (batch, heads, keep, dim), in float32
         return self.out(join_heads(difference).to(v.dtype))                                    # (batch, keep, width)
+
+    def maps(self, x: torch.Tensor, keep: int | None = None) -> torch.Tensor:
+        "The difference of both maps, as `PlainAttention.maps`; rows sum to 1 - lambda and may fall below 0."
+        q, k, _ = (split_heads(part, self.heads).chunk(2, dim=-1) for part in self.project(x, keep))
+        return softmax_map(q[0], k[0]) - self.subtracted() * softmax_map(q[1], k[1])
 
 # %% ../../nbs/51_ecg_model.ipynb #7406d548
 class EcgLayer(nn.Module):
@@ -461,6 +489,25 @@ class EcgTransformer(EcgModel):
         if self.config.gate:
             return EcgOutput(*self.decide(read, wide))          # (batch, K), (batch, K, 12)
         return EcgOutput(self.decide(read[:, 0], wide))         # (batch, K)
+
+# %% ../../nbs/51_ecg_model.ipynb #d386b2bf
+@torch.no_grad()
+def attention_over_time(
+    model: EcgTransformer,              # in eval mode
+    signal: torch.Tensor,               # (batch, 12, samples) in -1...1
+    wide: torch.Tensor | None = None,   # (batch, wide features), z-scored
+) -> list[tuple[torch.Tensor, torch.Tensor]]:   # per stage: token centres (tokens,) in samples; weights (batch, tokens)
+    "How the deciding token weighs the record in each stage's last layer, mean over heads. Raises `ValueError` for cls 'mean', which has no such token."
+    if model.config.cls == "mean":
+        raise ValueError("a model with cls 'mean' has no deciding token whose attention could be shown: take another strategy")
+    asked, centres = [], [token_centres(model.config.samples, tap) for tap in model.convolve.taps]
+    hooks = [stage[-1].attention.register_forward_pre_hook(lambda module, args: asked.append(module.maps(args[0], 1)[:, :, 0].mean(1))) for stage in model.read.stages]
+    try:
+        model(signal, wide)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [(at, weights[:, -len(at):]) for at, weights in zip(centres, asked)]   # tokens that were handed on stand in front
 
 # %% ../../nbs/51_ecg_model.ipynb #79b63b07
 class PrnaConfig(PretrainedConfig):
