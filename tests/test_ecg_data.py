@@ -259,6 +259,22 @@ def test_broken_recording_is_listed_and_reading_goes_on(tmp_path, how):
     assert str(pickle.loads(pickle.dumps(rejected[0]))) == str(rejected[0]) == str(check_cinc(tmp_path)[0])
 
 
+def test_three_broken_files_of_ten_thousand(tmp_path):
+    write_cinc(tmp_path / "one", "NAME", signal=signal_of(samples=100))
+    header, data = (tmp_path / "one" / "NAME.hea").read_text(), (tmp_path / "one" / "NAME.mat").read_bytes()
+    shutil.rmtree(tmp_path / "one")
+    for k in range(100):                       # folders of a hundred, as in the challenge
+        (tmp_path / f"g{k}").mkdir()
+        for name in (f"A{k:02}{j:02}" for j in range(100)):
+            (tmp_path / f"g{k}" / f"{name}.hea").write_text(header.replace("NAME", name))
+            (tmp_path / f"g{k}" / f"{name}.mat").write_bytes(data)
+    (tmp_path / "g3" / "A0307.mat").unlink()
+    (tmp_path / "g50" / "A5000.mat").write_bytes(b"abc")
+    (tmp_path / "g99" / "A9999.hea").write_text("nothing\n")
+    records, rejected = read_cinc(tmp_path)
+    assert len(records) == 9_997 and sorted(Path(bad.file).stem for bad in rejected) == ["A0307", "A5000", "A9999"]
+
+
 @pytest.mark.parametrize("read, check", [(read_cinc, check_cinc), (read_ludb, check_ludb), (read_ptbxl, check_ptbxl)])
 def test_nothing_to_read(tmp_path, read, check):
     for root in (tmp_path, tmp_path / "nowhere"):

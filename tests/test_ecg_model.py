@@ -15,10 +15,10 @@ from medgen_nb.ecg.model import (CHOICES, SEVERAL, TAPS, Contrast, DifferentialA
 ROOT = Path(__file__).resolve().parents[1]
 ORACLE = ROOT.parent / "shared" / "oracles" / "ecg_reference.json"
 PAPER = dict(classes=27, samples=7500, width=288, heads=8, hidden=2048, layers=(4, 4, 4), conv="depthwise", conv_layers=6, attention="differential",
-             cls="passed", gate=False, wide=22, dropout=0.1)
+             cls="passed", gate="off", wide=22, dropout=0.1)
 PRNA = dict(classes=27, samples=7500, width=256, heads=8, hidden=2048, layers=8, wide=22, dropout=0.1)
-TEACH = PAPER | dict(samples=2500, width=96, heads=4, hidden=384, layers=(1, 1, 1), gate=True)
-TINY = PAPER | dict(classes=3, samples=1000, width=24, heads=2, hidden=32, layers=(1, 1, 1), gate=True)
+TEACH = PAPER | dict(samples=2500, width=96, heads=4, hidden=384, layers=(1, 1, 1), gate="released")
+TINY = PAPER | dict(classes=3, samples=1000, width=24, heads=2, hidden=32, layers=(1, 1, 1), gate="released")
 
 
 def make(**changes) -> EcgTransformer:
@@ -49,14 +49,14 @@ def oracle() -> dict:
 
 def test_parameter_counts_are_the_released_codes(oracle):
     counts = oracle["parameter_counts"]
-    for gate, name in ((False, "gate_off"), (True, "gate_on")):
+    for gate, name in (("off", "gate_off"), ("released", "gate_on")):
         with torch.device("meta"):
             model = EcgTransformer(EcgConfig(**PAPER | {"gate": gate}))
         theirs, decide = counts[name]["by_submodule"], model.decide
         assert size(model) == counts[name]["total"]
         assert size(model.convolve) == theirs["encoder"] and size(model.read.tokens) == theirs["transformer.cls_token"]
         assert size(model.read.stages) == theirs["transformer.layers"]
-        if gate:
+        if gate != "off":
             assert size(decide.content, decide.opening, decide.score) == theirs["global_attn_pool"] and size(decide.rho) == theirs["global_rho"]
             assert size(decide.lift) == theirs["wide_project"] and size(decide.answers) == theirs["classifiers"]
         else:
@@ -78,9 +78,9 @@ def test_prna_has_the_described_size(oracle):
     assert size(model.decide.deep) == theirs["by_submodule"]["fc1"] and size(model.decide.answer) == theirs["by_submodule"]["fc2"]
 
 
-@pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.parametrize("gate", ["off", "released"])
 def test_shapes_are_the_released_codes(oracle, gate):
-    theirs = oracle["shapes_input_then_outputs"]["gate_on" if gate else "gate_off"]
+    theirs = oracle["shapes_input_then_outputs"]["gate_off" if gate == "off" else "gate_on"]
     with torch.device("meta"):
         model = EcgTransformer(EcgConfig(**PAPER | {"gate": gate})).eval()
     found, note = {}, lambda name: lambda module, given, made: found.update({name: [tuple(given[0].shape), tuple(made.shape)]})
@@ -96,7 +96,7 @@ def test_shapes_are_the_released_codes(oracle, gate):
             given, made = ([shape[1], shape[0], shape[2]] for shape in (given, made))
         assert [list(given), list(made)] == theirs[name], name
     assert len(found) == 9 and list(answer.logits.shape) == theirs["output"]
-    if gate:
+    if gate != "off":
         assert model.decide.content.in_features == theirs["global_attn_pool"][0][2] and answer.lead_weights.shape == (2, 27, 12)
 
 
@@ -150,7 +150,7 @@ def test_plain_attention_is_the_librarys():
     torch.testing.assert_close(attention(x), theirs(x, x, x)[0], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.parametrize("gate", ["off", "released", "named"])
 def test_equal_to_the_naive_structure(gate):
     spec = importlib.util.spec_from_file_location("bench_ecg", ROOT / "tests" / "bench" / "bench_ecg.py")
     bench = importlib.util.module_from_spec(spec)
@@ -161,7 +161,7 @@ def test_equal_to_the_naive_structure(gate):
 
 
 SWITCHES = [dict(conv=conv, conv_layers=depth, attention=attention, cls=cls, gate=gate, layers=(1,) * stages)
-            for conv, depth, attention, cls, gate, stages in itertools.product(*CHOICES.values(), (False, True), (1, 2, 3, 4, 5))
+            for conv, depth, attention, cls, gate, stages in itertools.product(*CHOICES.values(), (1, 2, 3, 4, 5))
             if stages in TAPS[depth] and (conv == "depthwise" or (attention, cls) == ("plain", "passed"))]   # convolutions and reading do not touch
 
 
@@ -181,7 +181,7 @@ def test_every_switch_trains_and_saying_fits(tmp_path):
 
 @pytest.mark.parametrize("cls", CHOICES["cls"])
 def test_every_stage_reaches_the_decision(cls):
-    reader = make(cls=cls, gate=False).read
+    reader = make(cls=cls, gate="off").read
     features = [torch.randn(2, n, 24) for n in (9, 6, 4)]
     decides = reader(features, every=False)
     for stage in range(3):
@@ -196,13 +196,13 @@ def test_lead_weights():
     answer = model(given["signal"], given["wide"])
     assert answer.lead_weights.shape == (4, 3, 12)
     torch.testing.assert_close(answer.lead_weights.sum(-1), torch.ones(4, 3))
-    assert make(gate=False)(given["signal"], given["wide"]).lead_weights is None
+    assert make(gate="off")(given["signal"], given["wide"]).lead_weights is None
     torch.nn.init.zeros_(model.decide.score.weight)                  # all channels alike: a twelfth each
     torch.testing.assert_close(model(given["signal"], given["wide"]).lead_weights, torch.full((4, 3, 12), 1 / 12))
     favourite = torch.zeros(2, 5, 24)
     favourite[:, :, 14:16] = 5                                       # channels of lead 7
     from medgen_nb.ecg.model import GatedHead
-    head = GatedHead(5, 0, 3, 0.0)
+    head = GatedHead(5, 24, 0, 3, 0.0, named=False)
     for linear in (head.content, head.score):
         torch.nn.init.ones_(linear.weight)
     assert head(favourite, None)[1].argmax(-1).eq(7).all()

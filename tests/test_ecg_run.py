@@ -32,7 +32,15 @@ def test_real_sets_run(run_cells, data):
     if not SETS[data].is_dir():
         pytest.skip("the real samples do not lie beside the checkout")
     metrics = run_cells("53_ecg_run", data=data, root=str(SETS[data]))
-    assert metrics["parameters"] > 0 and "lead_agreement" not in metrics
+    assert metrics["parameters"] > 0 and "lead_agreement" not in metrics and "auroc_simulated_only" not in metrics
+
+
+def test_from_simulated_hearts_to_real_ones(run_cells):
+    if not SETS["ludb"].is_dir():
+        pytest.skip("the real samples do not lie beside the checkout")
+    teach = {"model.width": 96, "model.heads": 4, "model.hidden": 384, "fit.steps": 10}          # the sizes of the pretrained pipeline
+    metrics = run_cells("53_ecg_run", data="ludb", root=str(SETS["ludb"]), name="fine-tune", overrides=teach)
+    assert 0.5 < metrics["rhythm_auroc_simulated_only"] <= 1 and metrics["auroc"] > 0
 
 
 @pytest.mark.parametrize("scale", ["smoke", "demo", "teach", "paper"])

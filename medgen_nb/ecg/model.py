@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['N_LEADS', 'KERNELS', 'STRIDES', 'PADDINGS', 'CHANNELS', 'TAPS', 'FIRST_LAMBDA', 'LAMBDA_GROWTH', 'LAMBDA_RATE',
-           'LAMBDA_SPREAD', 'TOKEN_SPREAD', 'SEVERAL', 'DEEP', 'HEAD_DROPOUT', 'GATE_DROPOUT', 'CHOICES', 'TEMPERATURE',
-           'token_counts', 'windows', 'token_centres', 'LeadEncoder', 'softmax_map', 'PlainAttention',
+           'LAMBDA_SPREAD', 'TOKEN_SPREAD', 'SEVERAL', 'DEEP', 'HEAD_DROPOUT', 'GATE_DROPOUT', 'NAME_SPREAD', 'CHOICES',
+           'TEMPERATURE', 'token_counts', 'windows', 'token_centres', 'LeadEncoder', 'softmax_map', 'PlainAttention',
            'DifferentialAttention', 'EcgLayer', 'positions', 'Stages', 'StageReader', 'PlainHead', 'GatedHead',
            'EcgConfig', 'EcgOutput', 'start_weights', 'EcgModel', 'EcgTransformer', 'attention_over_time', 'PrnaConfig',
            'Prna', 'ProjectionHead', 'info_nce', 'Contrast', 'contrastive_loss', 'as_record', 'as_batch',
@@ -295,6 +295,7 @@ class StageReader(Stages):
 DEEP = 64            # features between the deciding token and the answer (released code, prna)
 HEAD_DROPOUT = 2.0   # times the config's dropout: 0.2 beside 0.1 (released code, prna)
 GATE_DROPOUT = 2.5   # times the config's dropout: 0.25 beside 0.1 (released code)
+NAME_SPREAD = 1.0    # of the names that a gate may know, at the start (ours): as much as a normed channel
 
 
 class PlainHead(nn.Module):
@@ -326,11 +327,14 @@ class GatedHead(nn.Module):
     def __init__(
         self,
         tokens: int,     # numbers per channel: tokens of the last stage, the deciding one included
+        width: int,      # channels
         wide: int,       # wide features, 0 for none
         classes: int,    # K
         dropout: float,  # of the config
+        named: bool,     # whether scores know which channel or feature they weigh (ours)
     ):
         super().__init__()
+        self.names = nn.Parameter(NAME_SPREAD * torch.randn(width + wide, tokens)) if named else None
         self.lift = nn.Sequential(nn.Linear(1, tokens // 2), nn.ReLU(), nn.Linear(tokens // 2, tokens), nn.ReLU()) if wide else None
         self.content, self.opening, self.score = nn.Linear(tokens, tokens), nn.Linear(tokens, tokens), nn.Linear(tokens, classes)   # W_a, W_b, W_c
         self.rho, self.drop = nn.Linear(tokens, tokens), nn.Dropout(GATE_DROPOUT * dropout)
@@ -345,7 +349,8 @@ class GatedHead(nn.Module):
         width, h = x.shape[-1], x.transpose(1, 2)                                          # (batch, width, tokens)
         if wide is not None:
             h = torch.cat([h, self.lift(wide[..., None])], dim=1)                          # (batch, width + wide, tokens)
-        gated = self.drop(self.content(h).tanh()) * self.drop(self.opening(h).sigmoid())   # (batch, width + wide, tokens)
+        asked = h if self.names is None else h + self.names
+        gated = self.drop(self.content(asked).tanh()) * self.drop(self.opening(asked).sigmoid())   # (batch, width + wide, tokens)
         scores = self.score(gated).transpose(1, 2)                                         # (batch, K, width + wide)
         mixed = self.drop(F.relu(self.rho(scores.softmax(-1) @ h)))                        # (batch, K, tokens)
         logits = (mixed * self.answers.weight).sum(-1) + self.answers.bias                 # (batch, K)
@@ -354,7 +359,7 @@ class GatedHead(nn.Module):
 
 # %% ../../nbs/51_ecg_model.ipynb #3e93f773
 CHOICES = {"conv": ("depthwise", "ordinary"), "conv_layers": (4, 6), "attention": ("differential", "plain"),
-           "cls": ("passed", "fresh", "several", "all", "mean")}
+           "cls": ("passed", "fresh", "several", "all", "mean"), "gate": ("named", "released", "off")}
 
 # %% ../../nbs/51_ecg_model.ipynb #43cf8e66
 class EcgConfig(PretrainedConfig):
@@ -375,12 +380,12 @@ class EcgConfig(PretrainedConfig):
         conv_layers: int,  # 6 (released code) or 4 (paper, second version)
         attention: str,    # 'differential' (released code) or 'plain' (paper)
         cls: str,          # how stages are joined: 'passed' (paper, code), 'fresh', 'several', 'all', 'mean'
-        gate: bool,        # whether each class chooses its channels (paper) or the deciding token answers (published configuration)
+        gate: str,         # 'released': each class chooses its channels (paper); 'named': it also knows their names (ours); 'off': the deciding token answers (published configuration)
         wide: int,         # wide features beside the signal; 22 or 0
         dropout: float,    # share of numbers dropped in training; the head drops twice, the gate 2.5 times as many
         **more,            # what the library keeps in its own files
     ):
-        for name, value in (("conv", conv), ("conv_layers", conv_layers), ("attention", attention), ("cls", cls)):
+        for name, value in (("conv", conv), ("conv_layers", conv_layers), ("attention", attention), ("cls", cls), ("gate", gate)):
             if value not in CHOICES[name]:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, CHOICES[name]))}, not {value!r}: correct the model's config")
         step = math.lcm(N_LEADS, 2 * heads if attention == "differential" else heads)
@@ -421,6 +426,8 @@ def start_weights(
     elif isinstance(module, GatedHead):
         for linear in (module.content, module.opening, module.score):
             nn.init.normal_(linear.weight, std=linear.in_features**-0.5)    # released code
+        if module.names is not None:
+            nn.init.normal_(module.names, std=NAME_SPREAD)
     elif isinstance(module, Stages) and module.tokens is not None:
         nn.init.normal_(module.tokens, std=TOKEN_SPREAD)
     elif isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.BatchNorm1d)):
@@ -473,8 +480,8 @@ class EcgTransformer(EcgModel):
         self.read = StageReader(config.width, config.heads, config.hidden, config.layers, config.attention, config.cls, config.dropout)
         counts = [token_counts(config.samples, tap)[-1] for tap in taps]
         tokens = 1 + (sum(counts) if config.cls == "all" else counts[-1])
-        self.decide = (GatedHead(tokens, config.wide, config.classes, config.dropout) if config.gate
-                       else PlainHead(config.width, config.wide, config.classes, config.dropout))
+        self.decide = (PlainHead(config.width, config.wide, config.classes, config.dropout) if config.gate == "off"
+                       else GatedHead(tokens, config.width, config.wide, config.classes, config.dropout, config.gate == "named"))
         self.post_init()
 
     def forward(
@@ -485,10 +492,10 @@ class EcgTransformer(EcgModel):
         "The three stages. Raises `ValueError` as `checked`."
         wide = self.checked(signal, wide)
         features = self.convolve(signal)                        # per stage (batch, tokens, width)
-        read = self.read(features, every=self.config.gate)      # (batch, 1 + tokens, width), or (batch, 1, width) without the gate
-        if self.config.gate:
-            return EcgOutput(*self.decide(read, wide))          # (batch, K), (batch, K, 12)
-        return EcgOutput(self.decide(read[:, 0], wide))         # (batch, K)
+        read = self.read(features, every=self.config.gate != "off")   # (batch, 1 + tokens, width), or (batch, 1, width) without a gate
+        if self.config.gate == "off":
+            return EcgOutput(self.decide(read[:, 0], wide))           # (batch, K)
+        return EcgOutput(*self.decide(read, wide))                    # (batch, K), (batch, K, 12)
 
 # %% ../../nbs/51_ecg_model.ipynb #d386b2bf
 @torch.no_grad()

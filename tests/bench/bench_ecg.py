@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from medgen_nb.ecg.model import EcgConfig, EcgTransformer, Prna, PrnaConfig, positions
 
 PAPER = dict(classes=27, samples=7500, width=288, heads=8, hidden=2048, layers=(4, 4, 4), conv="depthwise", conv_layers=6,
-             attention="differential", cls="passed", gate=False, wide=22, dropout=0.1)            # the published configuration: gate off
+             attention="differential", cls="passed", gate="off", wide=22, dropout=0.1)            # the published configuration: gate off
 PRNA = dict(classes=27, samples=7500, width=256, heads=8, hidden=2048, layers=8, wide=22, dropout=0.1)
 TRAIN_BATCH = 8   # records of a training step; the paper's 24 per GPU would take minutes on a CPU
 
@@ -55,7 +55,7 @@ class Naive(nn.Module):
                 x = layer.norm2(x + layer.drop(layer.down(layer.drop(F.relu(layer.up(x))))))
             token = x[:1]
         x = x.transpose(0, 1)
-        return self.ours.decide(x, wide if self.config.wide else None)[0] if self.config.gate else self.ours.decide(x[:, 0], wide if self.config.wide else None)
+        return self.ours.decide(x, wide if self.config.wide else None)[0] if self.config.gate != "off" else self.ours.decide(x[:, 0], wide if self.config.wide else None)
 
 
 def wait(device: str) -> None:
@@ -103,10 +103,10 @@ def main() -> None:
     where = torch.cuda.get_device_name() if device.startswith("cuda") else f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     print(f"{where}, torch {torch.__version__}, {repeats} repetitions")
     prna = Prna(PrnaConfig(**PRNA)).to(device)
-    for gate in (False, True):
+    for gate in ("off", "released"):
         ours = EcgTransformer(EcgConfig(**PAPER | {"gate": gate})).to(device)
         models = {"naive": Naive(ours), "ours": ours, "prna": prna}
-        print(f"\ngate {'on' if gate else 'off'}")
+        print(f"\ngate {gate}")
         for name, model in models.items():
             model.eval()
             signal, wide = torch.randn(1, 12, PAPER["samples"], device=device), torch.randn(1, PAPER["wide"], device=device)
