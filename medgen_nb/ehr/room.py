@@ -183,6 +183,7 @@ ABLATIONS = {
     "steps-50": Ablation(FIDELITY | {"diffusion.steps": 50}, "E7: fewer noising steps (base: 200)"),
     "steps-1000": Ablation(FIDELITY | {"diffusion.steps": 1000}, "E7: more noising steps"),
     "schedule": Ablation(FIDELITY | {"diffusion.schedule": "cosine"}, "E7: the parents' cosine instead of the geometric schedule"),
+    "codes-256": Ablation(FIDELITY | {"data.codes": 256, "sample.steps": 20}, "E6: twice the codes, half the sampling steps: 10,000 records, their quality and the seconds they take"),
     "no-evidence": Ablation(FIDELITY | {"denoiser.evidence": False}, "E7: the network must learn Bayes' rule for single codes itself"),
     "no-pairs": Ablation(FIDELITY | {"denoiser.pairs": False}, "E7: no table of pairs beside the blocks"),
     "loss": Ablation(FIDELITY | {"diffusion.objective": "hybrid"}, "E7: the variational bound with a little cross-entropy"),
