@@ -173,6 +173,7 @@ MEANING = {
     "lead_agreement_chance": "the same with leads shuffled",
     "lead_agreement_habit": "the same with the gate's mean weights for every diagnosis",
     "lead_agreement_ceiling": "the same with all weight on the lead that shows most",
+    "lead_agreement_covering": "the same with shares of the change in the answer when a lead is covered; works without a gate too",
     "attention_beat": "share of the deciding token's attention (first stage) on premature ventricular beats, in records that have them",
     "attention_beat_chance": "the share of the tokens that lie there",
     "auroc_few_leads": "AUROC over diagnoses of which three leads hold half",
