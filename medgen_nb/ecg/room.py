@@ -183,6 +183,7 @@ MEANING = {
     "alarm": "1: a rule of section 6 fires (in a run fault-...: the rule of that fault), 0: none does",
     "auroc_simulated_only": "real sets: AUROC of the pipeline that learned simulated hearts alone, on all records",
     "rhythm_auroc_simulated_only": "the same over rhythms",
+    "rhythm_auroc_simulated_only_common": "the same over rhythms of at least three patients",
     "parameters": "numbers that the network has learned",
     "multiply_adds": "multiply-adds for one record",
     "latency_ms": "milliseconds for one record, median of nine",
