@@ -353,9 +353,14 @@ def judge(
     return Verdict(word, data, why + (f"; {missing} rivals not run" if missing else ""), seeds, effects)
 
 # %% ../nbs/07_ledger.ipynb #5b49ab27
-def same_patients(runs: Sequence[Run]) -> list[Run]:
-    "Those rows that saw the same data as the newest one; rows of an older simulator or another download cannot be paired with it."
-    return [run for run in runs if run.fingerprint == runs[-1].fingerprint]
+def same_patients(
+    runs: Sequence[Run],  # of one room, data set and scale, oldest first
+    ours: str = "base",   # the run under study
+) -> list[Run]:
+    """Those rows that saw the same data as the newest row of `ours` (without one: as the newest of all): rows of an older simulator or
+    another download cannot be paired with it. A provoked fault (`fault-...`) may lie in the data, and stays."""
+    newest = ([run for run in runs if run.name == ours] or list(runs))[-1]
+    return [run for run in runs if run.fingerprint == newest.fingerprint or run.name.startswith("fault-")]
 
 # %% ../nbs/07_ledger.ipynb #b51b8a2b
 def verdicts(
@@ -367,7 +372,7 @@ def verdicts(
     for claim in claims:
         usable = [run for run in runs if run.room == claim.room and run.scale in EVIDENCE_SCALES and not run.overrides]
         groups = sorted({(run.scale, run.data) for run in usable}, key=lambda group: (group[1] != "simulated", group))
-        found = [judge(claim, same_patients([run for run in usable if (run.scale, run.data) == group])) for group in groups] or [judge(claim, [])]
+        found = [judge(claim, same_patients([run for run in usable if (run.scale, run.data) == group], claim.ours)) for group in groups] or [judge(claim, [])]
         told = [verdict for verdict in found if verdict.word not in ("not run yet", "not testable here")]
         result[claim.id] = told or found[:1]
     return result

@@ -143,6 +143,10 @@ def test_overridden_small_and_other_data_do_not_count():
         assert verdicts([claim], [replace(run, **change) for run in runs])["T"][0].word == "not run yet"
     moved = [replace(run, fingerprint="other") for run in runs[:1]]
     assert verdicts([claim], runs[:3] + runs[3:] + moved)["T"][0].word == "not run yet", "rows of other patients cannot be paired"
+    other = replace(runs[3], name="codes-256", fingerprint="other")
+    assert str(verdicts([claim], [*runs, other])["T"][0]) == "replicated (simulated)", "a run on other data takes nothing away"
+    faults = [replace(run, name="fault-data", fingerprint="other") for run in runs[3:]]
+    assert str(verdicts([replace(claim, others=("fault-data",))], runs[:3] + faults)["T"][0]) == "replicated (simulated)", "a fault may lie in the data"
 
 
 @pytest.mark.parametrize("text, reason", [('[A]\nroom="e"\nclaim="c"\npaper=""\nrule="best"', "unknown rule"), ('[A]\nroom="e"\nclaim="c"\npaper=""\nrule="better"', "needs others"),
