@@ -446,6 +446,9 @@ def test_cinc2016(tmp_path):
     assert [(r.id, r.fields["Outcome"], r.fields["Database"]) for r in recordings] == [("a0001", "Normal", "a"), ("b0001", "Abnormal", "b"), ("b0002", "Normal", "b")]
     assert recordings[1].flags == ("2000 Hz", "not annotated", "poor quality") and recordings[0].patient == "a0001" and recordings[0].site == ""
     (problem,) = rejected
+    write_cinc(tmp_path, "b0002").rename(tmp_path / "validation")          # a copy under another folder
+    write_cinc(tmp_path, "b0001"), write_cinc(tmp_path, "b0002")
+    assert [r.id for r in read_cinc2016(tmp_path)[0]] == ["a0001", "b0001", "b0002"]
     assert problem.where == "a0009" and check_cinc2016(tmp_path)[0].where == "a0009"
     part = prepare(recordings)
     assert part.waves.shape == (3, 20000) and part.fs == FS and (part.states == 0).all() and part.attributes.outcome.tolist() == ["Normal", "Abnormal", "Normal"] and part.attributes.grade.isna().all()

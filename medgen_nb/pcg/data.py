@@ -944,7 +944,8 @@ def read_cinc2016(
             name, label, *more = line.split(",")
             labels[name] = (OUTCOME.get(label.strip()), table)
             poor |= {name} if more and more[0].strip() == "0" else set()
-    sounds = {file.stem: file for file in sorted(place.rglob("*.wav"))} if place.is_dir() else {}
+    found = sorted(place.rglob("*.wav"), reverse=True) if place.is_dir() else []
+    sounds = {file.stem: file for file in found}    # `validation` repeats some of training: the copy in training is kept
     if not sounds and not labels:
         raise BadRecord(place, "the whole folder", "there is neither a sound nor a REFERENCE.csv in it", "name the folder of the release with --root")
 
