@@ -47,7 +47,7 @@ FS, SECONDS = 4000, 5.0                    # Hz as in CirCor; s of a crop (the p
 SITES = ("AV", "PV", "TV", "MV")           # where it is heard: aortic, pulmonary, tricuspid area, mitral area (apex)
 STATES = ("unannotated", "S1", "systole", "S2", "diastole")   # the place in this tuple is CirCor's number
 STATE_FS = 50                              # Hz of the state track; its middle of a frame decides
-TRACKS = ("rhythm", "S1/S2", "murmur", "noise")               # parts of a sound, and of the paper's latent
+TRACKS = ("rhythm", "S1/S2", "murmur", "noise")               # parts of a sound, and of the paper's latent (sec. III.B)
 TIMINGS = {"Early-systolic": ("systolic", 0.10, 0.60), "Mid-systolic": ("systolic", 0.18, 0.88),
            "Late-systolic": ("systolic", 0.50, 1.00), "Holosystolic": ("systolic", 0.04, 1.02),
            "Early-diastolic": ("diastolic", 1.04, 1.55), "Mid-diastolic": ("diastolic", 1.25, 1.95),
@@ -129,7 +129,7 @@ def phase_of(
 def states_of(
     s1: np.ndarray,   # (n, beats) s
     s2: np.ndarray,   # (n, beats) s
-    seconds: float,
+    seconds: float,   # length
 ) -> np.ndarray:
     "State in the middle of each frame, (n, seconds * STATE_FS) uint8: 1 S1, 2 systole, 3 S2, 4 diastole."
     t = ((np.arange(round(seconds * STATE_FS)) + 0.5) / STATE_FS)[None, :, None]
@@ -165,7 +165,7 @@ SMALL = 0.25       # a newborn's tones are higher by this share, an adult's (fro
 
 def add_tone(
     canvas: np.ndarray,  # (n, samples) float32, changed in place
-    tone: Tone,
+    tone: Tone,          # one of TONES
     when: np.ndarray,    # (n, beats) s, onset
     level: np.ndarray,   # (n, beats) amplitude
     pitch: np.ndarray,   # (n,) factor of the frequency
@@ -244,7 +244,7 @@ def render_murmur(
     attributes: pd.DataFrame,     # n rows
     distance: np.ndarray,         # (n,) factor at the site: 1 where the murmur is loudest
     phase: np.ndarray,            # (n, samples) from `phase_of`
-    draw: dict[str, np.ndarray],
+    draw: dict[str, np.ndarray],  # all chances, from `draw_chances`
 ) -> np.ndarray:
     "The murmur track, (n, samples) float32: murmurs, and rubs, which are noise as well."
     result, shapes, samples = np.zeros_like(phase), envelopes(), phase.shape[1]
@@ -280,7 +280,7 @@ MOVE_LENGTH, MOVE_LEVEL = 0.25, 3.0
 def render_noise(
     tones: np.ndarray,            # (n, samples) S1/S2 track: what SNR is measured against
     snr: np.ndarray,              # (n,) dB
-    draw: dict[str, np.ndarray],
+    draw: dict[str, np.ndarray],  # all chances, from `draw_chances`
     tilt: float = 0.0,            # another room: added to the power of the fall
 ) -> np.ndarray:
     "The noise track, (n, samples) float32, at exactly this SNR."
@@ -362,7 +362,7 @@ def pick(
     return np.array(list(options), dtype=object)[(chance * len(options)).astype(int)]
 
 def describe(
-    draw: dict[str, np.ndarray],
+    draw: dict[str, np.ndarray],  # all chances, from `draw_chances`
     keys: np.ndarray,             # (n,) condition of each recording
     world: Mapping[str, float],   # from `world_of`
     given: Mapping[str, object],  # attribute -> one value, or n of them
@@ -439,9 +439,9 @@ def render_tones(
     attributes: pd.DataFrame,    # n rows
     s1: np.ndarray,              # (n, beats) s
     s2: np.ndarray,              # (n, beats) s
-    samples: int,
-    draw: dict[str, np.ndarray],
-    world: Mapping[str, float],
+    samples: int,                # length
+    draw: dict[str, np.ndarray],  # all chances, from `draw_chances`
+    world: Mapping[str, float],  # from `world_of`
 ) -> np.ndarray:
     "The S1/S2 track, (n, samples) float32: valve tones, and S3, S4, clicks and snaps."
     canvas = np.zeros((len(attributes), samples), dtype=np.float32)
@@ -511,10 +511,10 @@ class PcgSet:
 # %% ../../nbs/10_pcg_data.ipynb #c425614f
 def simulate_part(
     keys: Sequence[str] | None,   # conditions to draw from; None: all, by share
-    n: int,
-    seconds: float,
-    world: Mapping,
-    given: Mapping[str, object],
+    n: int,                       # recordings
+    seconds: float,               # length
+    world: Mapping,               # from `world_of`
+    given: Mapping[str, object],  # attribute -> one value, or n of them
     rng: np.random.Generator,
 ) -> tuple[np.ndarray, pd.DataFrame, np.ndarray, dict]:
     "Tracks (n, 4, samples), attributes, states and truth of some recordings."
