@@ -180,7 +180,7 @@ MEANING = {
     "auroc_rhythm": "AUROC over diagnoses of pace and regularity, which no lead is special for",
     "auroc_simple": "AUROC among records with at most two diagnoses",
     "auroc_complex": "AUROC among records with three or more",
-    "alarm": "1: a rule of section 6 fires (in a run fault-...: the rule of that fault), 0: none does",
+    "alarm": "1: a rule of section 6 fires (in a provoked fault: the rule of that fault), 0: none does",
     "auroc_simulated_only": "real sets: AUROC of the pipeline that learned simulated hearts alone, on all records",
     "rhythm_auroc_simulated_only": "the same over rhythms",
     "rhythm_auroc_simulated_only_common": "the same over rhythms of at least three patients",
