@@ -1112,7 +1112,7 @@ def to_window(
     return np.pad(signal, [(0, 0)] * (signal.ndim - 1) + [(0, samples - signal.shape[-1])])
 
 # %% ../../nbs/50_ecg_data.ipynb #01d07ee1
-ROWS_AT_ONCE = 256  # recordings filtered together: more would only fill the memory
+ROWS_AT_ONCE = 256  # recordings worked on together: more would only fill the memory
 
 def prepare(
     ecgs: "EcgSet | Sequence[Record]",  # simulated, or as read
@@ -1142,9 +1142,13 @@ def as_input(
     signals: np.ndarray,  # (n, 12, samples) mV
 ) -> np.ndarray:
     "Each lead from its lowest (-1) to its highest value (1); a flat lead becomes 0. (n, 12, samples) float32."
-    low, high = signals.min(-1, keepdims=True), signals.max(-1, keepdims=True)
-    flat = high - low < LEAST
-    return np.where(flat, 0, 2 * (signals - low) / np.where(flat, 1, high - low) - 1).astype(np.float32)
+    result = np.empty(np.shape(signals), dtype=np.float32)
+    for k in range(0, len(signals), ROWS_AT_ONCE):
+        part = signals[k : k + ROWS_AT_ONCE]
+        low, high = part.min(-1, keepdims=True), part.max(-1, keepdims=True)
+        flat = high - low < LEAST
+        result[k : k + ROWS_AT_ONCE] = np.where(flat, 0, 2 * (part - low) / np.where(flat, 1, high - low) - 1)
+    return result
 
 # %% ../../nbs/50_ecg_data.ipynb #96992ef1
 WIDE = ("age", "sex", "heart_rate_min", "heart_rate_max", "heart_rate_mean", "rr_rms", "rr_median", "rr_sd", "rr_rmssd", "rr_pnn50",
