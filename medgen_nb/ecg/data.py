@@ -15,11 +15,11 @@ __all__ = ['LEADS', 'SCORED', 'EXTRA', 'DIAGNOSES', 'COLUMN', 'EQUIVALENT', 'SPE
            'draw_beats', 'Waves', 'unit', 'turn', 'limb_qrs', 'as_electrodes', 'healthy', 'change', 'block_conduction',
            'hurt_walls', 'raise_potassium', 'add_ectopics', 'build_waves', 'render', 'draw_flutter', 'disturb',
            'find_fiducials', 'share_leads', 'EcgSet', 'simulate_part', 'simulate_ecgs', 'Record', 'quality',
-           'open_header', 'check_size', 'read_signal', 'find_headers', 'gather', 'problems', 'comment_fields', 'as_age',
-           'as_sex', 'read_cinc_record', 'read_cinc', 'check_cinc', 'read_ptbxl', 'check_ptbxl', 'ludb_codes',
-           'read_delineation', 'read_ludb_record', 'read_ludb', 'check_ludb', 'band_pass', 'fill', 'to_window',
-           'prepare', 'as_input', 'r_peaks', 'permutation_entropy', 'approximate_entropy', 'wide_of', 'wide_features',
-           'WideScaler', 'stratified_folds']
+           'open_header', 'check_size', 'read_signal', 'find_headers', 'comment_fields', 'as_age', 'as_sex',
+           'read_cinc_record', 'read_cinc', 'check_cinc', 'read_ptbxl', 'check_ptbxl', 'ludb_codes', 'read_delineation',
+           'read_ludb_record', 'read_ludb', 'check_ludb', 'band_pass', 'fill', 'to_window', 'prepare', 'as_input',
+           'r_peaks', 'permutation_entropy', 'approximate_entropy', 'wide_of', 'wide_features', 'WideScaler',
+           'stratified_folds']
 
 # %% ../../nbs/50_ecg_data.ipynb #4ab684be
 import ast
@@ -27,7 +27,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
@@ -38,7 +38,7 @@ import pandas as pd
 import wfdb
 from scipy.signal import fftconvolve, find_peaks, firwin, resample_poly
 
-from ..data import BadRecord, fingerprint
+from ..data import BadRecord, fingerprint, gather, problems
 
 # %% ../../nbs/50_ecg_data.ipynb #b370227e
 LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
@@ -907,29 +907,6 @@ def find_headers(
         raise BadRecord(place, "the whole folder", "there is no recording (no .hea file) in it",
                         "name the folder of the release with --root")
     return sorted(found)
-
-def gather(
-    jobs: Sequence,   # what `read` takes
-    read: Callable,   # one of them -> Record; may raise BadRecord
-) -> tuple[list[Record], list[BadRecord]]:
-    "Read them all; what cannot be read is listed, and reading goes on."
-    records, rejected = [], []
-    for job in jobs:
-        try:
-            records.append(read(job))
-        except BadRecord as problem:
-            rejected.append(problem)
-    return records, rejected
-
-def problems(
-    reader: Callable,  # root -> records and rejected
-    root: str | Path,
-) -> list[BadRecord]:
-    "What a reader rejects, or why it could not start."
-    try:
-        return reader(root)[1]
-    except BadRecord as problem:
-        return [problem]
 
 # %% ../../nbs/50_ecg_data.ipynb #e77959f2
 def comment_fields(

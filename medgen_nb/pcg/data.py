@@ -9,17 +9,17 @@ __all__ = ['FS', 'SECONDS', 'SITES', 'STATES', 'STATE_FS', 'TRACKS', 'TIMINGS', 
            'T1_AFTER', 'S3_AFTER', 'S4_BEFORE', 'SNAP_AFTER', 'CLICK_AT', 'SMALL', 'THUMP_HZ', 'THUMP_WIDTH',
            'THUMP_LEVEL', 'THUMP_AFTER', 'GRADE_ONE', 'PER_GRADE', 'WIDER', 'LINE', 'LINES', 'ROUGH', 'TISSUE',
            'RUB_BAND', 'RUB_LEVEL', 'TABLE', 'HISS', 'TILT', 'KNEE', 'BREATH', 'MOVES', 'MOVE_LENGTH', 'MOVE_LEVEL',
-           'BLOW', 'ROUGH_ONES', 'EITHER', 'HIGH', 'LOWER', 'MID', 'TOP', 'BOTTOM', 'LEFT_TOP', 'LEFT_EDGE',
+           'BLOW', 'ROUGH_ONES', 'EITHER', 'HIGH', 'LOWER', 'MID', 'AORTIC', 'MITRAL', 'PULMONARY', 'LEFT_EDGE',
            'CONDITIONS', 'CONDITION', 'SNR', 'PREMATURE', 'INNOCENT', 'ALLOWED', 'NUMERIC', 'SIMULATOR', 'CHUNK',
-           'SHORTEST', 'FULL', 'N_FFT', 'HOP', 'BINS', 'STEPS', 'POWER', 'GROUP', 'AGAIN', 'CLIP_RUN', 'CLIP_FROM',
-           'SILENT', 'ROUNDING', 'NUMBERS', 'UNKNOWN', 'OUTCOME', 'LEVEL_AT', 'LEVEL', 'YEARS', 'ROMAN', 'ENOUGH',
-           'LONGEST_CYCLE', 'rate_for', 'beat_times', 'draw_chances', 'phase_of', 'states_of', 'Tone', 'add_tone',
-           'add_thumps', 'murmur_level', 'envelopes', 'band_of', 'render_murmur', 'render_noise', 'Condition', 'pick',
-           'describe', 'typed', 'tidy', 'world_of', 'render_tones', 'at_rate', 'PcgSet', 'simulate_part',
-           'simulate_sounds', 'spectrogram', 'to_wave', 'Scale', 'Recording', 'gather', 'quality', 'check_wav',
+           'SHORTEST', 'FULL', 'N_FFT', 'HOP', 'TOP', 'BINS', 'STEPS', 'POWER', 'GROUP', 'AGAIN', 'CLIP_RUN',
+           'CLIP_FROM', 'SILENT', 'ROUNDING', 'NUMBERS', 'UNKNOWN', 'OUTCOME', 'LEVEL_AT', 'LEVEL', 'YEARS', 'ROMAN',
+           'ENOUGH', 'LONGEST_CYCLE', 'rate_for', 'beat_times', 'draw_chances', 'phase_of', 'states_of', 'Tone',
+           'add_tone', 'add_thumps', 'murmur_level', 'envelopes', 'band_of', 'render_murmur', 'render_noise',
+           'Condition', 'pick', 'describe', 'typed', 'tidy', 'world_of', 'render_tones', 'at_rate', 'PcgSet',
+           'simulate_part', 'simulate_sounds', 'spectrogram', 'to_wave', 'Scale', 'Recording', 'quality', 'check_wav',
            'read_wave', 'read_segments', 'tidy_fields', 'people', 'Job', 'read_text', 'read_table', 'circor_jobs',
-           'promised_samples', 'read_circor', 'problems', 'check_circor', 'read_cinc2016', 'check_cinc2016',
-           'attributes_of', 'at_level', 'state_track', 'best_starts', 'prepare']
+           'promised_samples', 'read_circor', 'check_circor', 'read_cinc2016', 'check_cinc2016', 'attributes_of',
+           'at_level', 'state_track', 'best_starts', 'prepare']
 
 # %% ../../nbs/10_pcg_data.ipynb #67d7eb80
 import json
@@ -27,7 +27,7 @@ import math
 import re
 import struct
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
@@ -40,7 +40,7 @@ import torch
 import torchaudio
 from scipy.signal import resample_poly
 
-from ..data import BadRecord, fingerprint
+from ..data import BadRecord, fingerprint, gather, problems
 
 # %% ../../nbs/10_pcg_data.ipynb #73c5ab3b
 FS, SECONDS = 4000, 5.0                    # Hz as in CirCor; s of a crop (the paper does not say: ours)
@@ -322,25 +322,25 @@ class Condition:
 
 BLOW, ROUGH_ONES, EITHER = ("Blowing",), ("Harsh",), ("Blowing", "Harsh")
 HIGH, LOWER, MID = ("High",), ("Low",), ("Medium", "High")
-TOP, BOTTOM = (1.0, 0.7, 0.45, 0.5), (0.3, 0.3, 0.6, 1.0)   # radiation of murmurs of the aortic valve, of the mitral valve
-LEFT_TOP, LEFT_EDGE = (0.6, 1.0, 0.55, 0.35), (0.45, 0.55, 1.0, 0.65)  # of the pulmonary valve; of the lower left sternal edge
+AORTIC, MITRAL = (1.0, 0.7, 0.45, 0.5), (0.3, 0.3, 0.6, 1.0)   # radiation of murmurs of the aortic valve, of the mitral valve
+PULMONARY, LEFT_EDGE = (0.6, 1.0, 0.55, 0.35), (0.45, 0.55, 1.0, 0.65)  # of the pulmonary valve; of the lower left sternal edge
 
 # %% ../../nbs/10_pcg_data.ipynb #458ad3b7
 CONDITIONS = (
     Condition("normal", "normal", (0, 80), 4.0),
     Condition("Still", "Still's innocent murmur", (2, 9), 2.0, ("Mid-systolic", "Early-systolic"), ("Diamond",), (1, 3), ("Low", "Medium"), ("Musical",), LEFT_EDGE),
-    Condition("AS", "aortic stenosis", (1, 85), 1.0, ("Mid-systolic",), ("Diamond",), (2, 5), MID, ROUGH_ONES, TOP, a2=0.45, split=(-0.025, -0.005), extras=(("click", 0.3), ("S4", 0.3))),
+    Condition("AS", "aortic stenosis", (1, 85), 1.0, ("Mid-systolic",), ("Diamond",), (2, 5), MID, ROUGH_ONES, AORTIC, a2=0.45, split=(-0.025, -0.005), extras=(("click", 0.3), ("S4", 0.3))),
     Condition("AR", "aortic regurgitation", (5, 80), 1.0, ("Early-diastolic",), ("Decrescendo",), (1, 4), HIGH, BLOW, (0.85, 0.8, 1.0, 0.5), s1=0.8, rate=1.08),
     Condition("MS", "mitral stenosis", (10, 75), 0.8, ("Mid-diastolic",), ("Decrescendo", "Crescendo"), (1, 4), LOWER, ROUGH_ONES, (0.1, 0.15, 0.4, 1.0),
               s1=1.5, p2=1.4, extras=(("snap", 0.85),), fibrillation=0.3),
-    Condition("MR", "mitral regurgitation", (1, 85), 1.2, ("Holosystolic",), ("Plateau",), (2, 5), HIGH, BLOW, BOTTOM, s1=0.6, extras=(("S3", 0.4),), fibrillation=0.15),
-    Condition("MVP", "mitral valve prolapse", (8, 60), 1.0, ("Late-systolic",), ("Crescendo", "Plateau"), (1, 4), MID, EITHER, BOTTOM, extras=(("click", 0.9),)),
+    Condition("MR", "mitral regurgitation", (1, 85), 1.2, ("Holosystolic",), ("Plateau",), (2, 5), HIGH, BLOW, MITRAL, s1=0.6, extras=(("S3", 0.4),), fibrillation=0.15),
+    Condition("MVP", "mitral valve prolapse", (8, 60), 1.0, ("Late-systolic",), ("Crescendo", "Plateau"), (1, 4), MID, EITHER, MITRAL, extras=(("click", 0.9),)),
     Condition("TS", "tricuspid stenosis", (5, 60), 0.5, ("Mid-diastolic",), ("Crescendo", "Diamond"), (1, 3), LOWER, EITHER, (0.2, 0.3, 1.0, 0.45), s1=1.3, split=(0.02, 0.05)),
     Condition("TR", "tricuspid regurgitation", (0, 75), 0.8, ("Holosystolic",), ("Plateau",), (1, 4), ("Medium",), BLOW, (0.25, 0.35, 1.0, 0.5), p2=1.5, extras=(("S3", 0.2),), fibrillation=0.1),
-    Condition("PS", "pulmonary stenosis", (0, 40), 1.0, ("Mid-systolic",), ("Diamond",), (2, 5), ("Medium",), ROUGH_ONES, LEFT_TOP, p2=0.4, split=(0.045, 0.085), extras=(("click", 0.5),)),
+    Condition("PS", "pulmonary stenosis", (0, 40), 1.0, ("Mid-systolic",), ("Diamond",), (2, 5), ("Medium",), ROUGH_ONES, PULMONARY, p2=0.4, split=(0.045, 0.085), extras=(("click", 0.5),)),
     Condition("PR", "pulmonary regurgitation", (1, 60), 0.6, ("Early-diastolic",), ("Decrescendo", "Diamond"), (1, 3), ("Low", "Medium"), BLOW, (0.4, 1.0, 0.7, 0.25), p2=1.3, split=(0.03, 0.06)),
     Condition("VSD", "ventricular septal defect", (0, 20), 1.3, ("Holosystolic",), ("Plateau",), (2, 6), ("Medium", "High"), ROUGH_ONES, (0.4, 0.6, 1.0, 0.7), rate=1.08),
-    Condition("ASD", "atrial septal defect", (0, 50), 1.2, ("Mid-systolic", "Early-systolic"), ("Diamond",), (1, 3), ("Low", "Medium"), BLOW, LEFT_TOP, p2=1.3, split=(0.060, 0.064)),
+    Condition("ASD", "atrial septal defect", (0, 50), 1.2, ("Mid-systolic", "Early-systolic"), ("Diamond",), (1, 3), ("Low", "Medium"), BLOW, PULMONARY, p2=1.3, split=(0.060, 0.064)),
     Condition("PDA", "patent ductus arteriosus", (0, 15), 1.0, ("Continuous",), ("Diamond",), (2, 5), MID, ROUGH_ONES, (0.55, 1.0, 0.4, 0.35), rate=1.1),
     Condition("HOCM", "hypertrophic obstructive cardiomyopathy", (8, 70), 0.9, ("Mid-systolic", "Late-systolic"), ("Diamond",), (2, 4), ("Medium",), ROUGH_ONES,
               (0.45, 0.4, 0.9, 1.0), extras=(("S4", 0.7),)),
@@ -675,19 +675,6 @@ class Recording:
     fields: dict             # metadata under CirCor's names; None: not known
     flags: tuple[str, ...] = ()   # "stereo", "clipped", "silent", "2000 Hz", "not annotated", ...
 
-def gather(
-    jobs: Sequence,   # what `read` takes
-    read: Callable,   # one of them -> Recording; may raise BadRecord
-) -> tuple[list[Recording], list[BadRecord]]:
-    "Read them all; what cannot be read is listed, and reading goes on."
-    recordings, rejected = [], []
-    for job in jobs:
-        try:
-            recordings.append(read(job))
-        except BadRecord as problem:
-            rejected.append(problem)
-    return recordings, rejected
-
 AGAIN = "compare the file with the release's SHA256SUMS.txt and download it again"
 CLIP_RUN = 4       # equal samples in a row at the highest or lowest value: the amplifier was at its end
 CLIP_FROM = 0.5    # of full scale: below it a run of equal extremes is a quiet recording, not a clipped one
@@ -910,18 +897,8 @@ def read_circor(
             site, flags = "", flags + (f"site {job.site}",)
         return Recording(wave, fs, job.wav.stem, person[job.patient], site, segments, job.fields, flags)
 
-    recordings, problems_ = gather(jobs, read)
-    return recordings, rejected + problems_
-
-def problems(
-    reader: Callable,  # root -> recordings and rejected
-    root: str | Path,
-) -> list[BadRecord]:
-    "What a reader rejects, or why it could not start."
-    try:
-        return reader(root)[1]
-    except BadRecord as problem:
-        return [problem]
+    recordings, unread = gather(jobs, read)
+    return recordings, rejected + unread
 
 def check_circor(root: str | Path) -> list[BadRecord]:
     "Everything missing or broken in a CirCor folder. Empty: all is well."
