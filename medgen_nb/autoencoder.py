@@ -295,7 +295,7 @@ class KLAutoencoder(ThroughLatent, ModelMixin, ConfigMixin):
         x: torch.Tensor,  # (b, in_channels, height, width), about mean 0 and variance 1
     ) -> Gaussian:        # (b, latent_channels, height / shrink, width / shrink)
         "The law of the latent, given the picture."
-        return Gaussian.split(self.encoder(x))
+        return Gaussian.split(self.encoder(x).to(x.dtype))   # under bf16 autocast nats are still summed in float32
 
     def decode(
         self,

@@ -3,10 +3,13 @@ import math
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch.distributions import Normal, kl_divergence
 
-from medgen_nb.autoencoder import ConvBlock, Decoder, Encoder, Gaussian, KLAutoencoder, LatentScale, group_norm, moments
+from medgen_nb.autoencoder import ConvBlock, Decoder, Encoder, Gaussian, KLAutoencoder, LatentScale, ThroughLatent, group_norm, moments
+from medgen_nb.data import loader
+from medgen_nb.training import FitConfig, fit
 
 WIDTHS, STRIDES, LATENT = (8, 12), ((2, 1), (2, 4)), 3   # shrinks 4 rows and 4 columns to one; 12 is no multiple of 8
 SHAPE = (5, 2, 16, 24)
@@ -187,6 +190,46 @@ def test_scale_works_for_any_number_of_axes():
     scale.measure([q])
     z = q.sample(seeded())
     torch.testing.assert_close(scale.from_unit(scale.to_unit(z)), z)
+
+
+def test_half_precision_does_not_round_the_nats(model, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        q, loss = model.encode(x), model.loss({"x": x})
+    assert q.mean.dtype == q.kl().dtype == loss.dtype == torch.float32
+
+
+def test_fit_trains_it_and_keeps_the_scale(model, x):
+    model.measure_scale(x)
+    before, kept = model.decoder.read_in.weight.clone(), model.scale.std.clone()
+    for training in fit(model, loader({"x": x}, batch_size=4), FitConfig(steps=3, lr=1e-3)):
+        pass
+    assert not torch.equal(training.model.decoder.read_in.weight, before) and torch.equal(training.model.scale.std, kept)
+
+
+class Wrapped(ThroughLatent, torch.nn.Module):
+    "Diffusers' autoencoder with our scale."
+
+    def __init__(self, vae):
+        super().__init__()
+        self.vae, self.scale = vae, LatentScale(vae.config.latent_channels)
+
+    def encode(self, x):
+        law = self.vae.encode(x).latent_dist
+        return Gaussian(law.mean, law.logvar)
+
+    def decode(self, z):
+        return self.vae.decode(z).sample
+
+
+def test_the_library_s_autoencoder_fits_into_the_same_place(x):
+    torch.manual_seed(0)
+    vae = AutoencoderKL(2, 2, ["DownEncoderBlock2D"] * 2, ["UpDecoderBlock2D"] * 2, (8, 8), 1, latent_channels=LATENT, norm_num_groups=4)
+    model = Wrapped(vae).requires_grad_(False)
+    torch.testing.assert_close(model(x, seeded())[0], vae(x, sample_posterior=True, generator=seeded()).sample)
+    model.measure_scale(x)
+    z = model.to_latent(x, seeded())
+    assert z.shape == (5, LATENT, 8, 12) and model.from_latent(z).shape == x.shape
+    torch.testing.assert_close(z.std((0, 2, 3)), torch.ones(LATENT), rtol=0, atol=0.1)
 
 
 def test_bad_arguments_are_named(model, x):
