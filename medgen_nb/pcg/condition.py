@@ -12,7 +12,7 @@ __all__ = ['LEVELS', 'STYLES', 'SUBSETS', 'LEVEL_OF', 'NOISY', 'NOISE', 'PACE', 
            'learn_vocabulary', 'hide_words', 'read_pretrained', 'TextReader', 'TextEncoder', 'GraphReader',
            'GraphEncoder', 'Heard', 'ConditionParts', 'ConditionFuser', 'linear_probe']
 
-# %% ../../nbs/12_pcg_condition.ipynb #f7b0447e
+# %% ../../nbs/12_pcg_condition.ipynb #2cd960a0
 import math
 import re
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertForMaskedLM, 
 
 from .data import ATTRIBUTES, CONDITION, CONDITIONS, EXTRAS, GRADES, INNOCENT, PITCHES, QUALITIES, SHAPES, SITES, TIMINGS, YEARS, typed
 
-# %% ../../nbs/12_pcg_condition.ipynb #4ce4c97e
+# %% ../../nbs/12_pcg_condition.ipynb #9ede542c
 LEVELS = ("demographics", "murmur", "diagnosis")      # L1, L2, L3 (paper, sec. III.A)
 STYLES = ("full", "abbreviated", "reordered")         # ways to write a note; the last two are kept for claim P14
 SUBSETS = tuple(range(2 ** len(LEVELS)))              # which levels are told: bit k of the number stands for level k
@@ -50,7 +50,7 @@ AGES = {"newborn": 1 / 12, "infant": 1.0, "child": 12.0, "adolescent": 18.0, "yo
 ROMAN = ("", "I", "II", "III", "IV", "V", "VI")       # a grade in Roman numbers
 RATE_STEP = 5                                         # beats per minute: notes round to this
 
-# %% ../../nbs/12_pcg_condition.ipynb #65feb8a9
+# %% ../../nbs/12_pcg_condition.ipynb #af28cef7
 SPOKEN = 2   # wordings of a fact that notes use; all are understood
 
 WORDS = {    # attribute -> value -> wordings in full
@@ -72,7 +72,7 @@ WORDS = {    # attribute -> value -> wordings in full
               "click": ("click", "clicking sound", "systolic click", "ejection click"), "snap": ("opening snap", "snap"), "rub": ("friction rub", "rub")},
     "outcome": {"Normal": ("judged normal", "outcome normal"), "Abnormal": ("judged abnormal", "outcome abnormal")}}
 
-# %% ../../nbs/12_pcg_condition.ipynb #837462a9
+# %% ../../nbs/12_pcg_condition.ipynb #8e8e8bc0
 OTHER_NAMES = {"normal": ("healthy heart",), "Still": ("Still's murmur",), "AS": ("aortic valve stenosis",), "AR": ("aortic insufficiency",), "MS": ("mitral valve stenosis",),
                "MR": ("mitral insufficiency",), "MVP": ("prolapse of the mitral valve", "mitral prolapse"), "TS": ("tricuspid valve stenosis",), "TR": ("tricuspid insufficiency",),
                "PS": ("pulmonary valve stenosis", "pulmonic stenosis"), "PR": ("pulmonary insufficiency",), "VSD": ("defect of the ventricular septum",),
@@ -88,7 +88,7 @@ SHORT = {    # one abbreviation each, as hurried people write; case matters
     "extra": {"": "no xs", "S3": "S3", "S4": "S4", "click": "clk", "snap": "OS", "rub": "fr rub"}, "outcome": {"Normal": "nl", "Abnormal": "abn"},
     "condition": {c.key: {"normal": "nl heart", "Still": "Still's", "S3": "S3G", "rub": "PFR"}.get(c.key, c.key) for c in CONDITIONS}}
 
-# %% ../../nbs/12_pcg_condition.ipynb #48219763
+# %% ../../nbs/12_pcg_condition.ipynb #cacb683d
 def band(
     value: float,                    # what was measured
     names: Sequence[str],            # of the bands, from low to high
@@ -114,7 +114,7 @@ def facts_of(
         facts |= {kind: band(row[name], names, edges)} if known(row[name]) else {}
     return facts
 
-# %% ../../nbs/12_pcg_condition.ipynb #6a3059fb
+# %% ../../nbs/12_pcg_condition.ipynb #ed746db2
 KINDS = {"age": tuple(AGES), "sex": ("F", "M"), "site": SITES, "rate": ("slow", "usual", "fast"), "noise": tuple(NOISE), "timing": tuple(TIMINGS), "shape": SHAPES,
          "grade": tuple(range(len(ROMAN))), "pitch": tuple(PITCHES), "quality": QUALITIES, "extra": ("", *EXTRAS), "condition": tuple(CONDITION), "outcome": ("Normal", "Abnormal")}
 NODES = tuple((kind, value) for kind, values in KINDS.items() for value in values)   # of the graph: what can be said of a recording
@@ -142,7 +142,7 @@ def edges_of(
 
 EDGES = tuple((("condition", key), edge, (kind, value)) for key in CONDITION for edge, kind, value in edges_of(key))   # all touch a condition
 
-# %% ../../nbs/12_pcg_condition.ipynb #3d3598ac
+# %% ../../nbs/12_pcg_condition.ipynb #877d3bd9
 def adjacency() -> torch.Tensor:
     "1 where an edge joins two nodes, in either direction, (nodes, nodes) float32."
     joined = torch.zeros(len(NODES), len(NODES))
@@ -160,7 +160,7 @@ def differentials(
     alike = lambda other: len(mine & (theirs := {edge[1:] for edge in edges_of(other)})) / len(mine | theirs)
     return tuple(sorted((other for other in CONDITION if other != key), key=alike, reverse=True)[:2])
 
-# %% ../../nbs/12_pcg_condition.ipynb #c7374766
+# %% ../../nbs/12_pcg_condition.ipynb #ced00880
 def age_and_sex(
     age: float,    # years, nan: unknown
     sex: str,      # "F", "M"; "" or None: unknown
@@ -190,7 +190,7 @@ def say(
     options = (SHORT[attribute][value],) if style == "abbreviated" else WORDS[attribute][value][:SPOKEN]
     return options[int(chance * len(options))]
 
-# %% ../../nbs/12_pcg_condition.ipynb #3918fb41
+# %% ../../nbs/12_pcg_condition.ipynb #9df7e115
 def first_level(row: dict, facts: dict, style: str, u: np.ndarray) -> list[str]:
     "Facts of L1 in words: who, heart rate, site, noise. `facts` from `facts_of`, u: chances in 0...1."
     said, short = [age_and_sex(row["age"], row["sex"], style, u[0])], style == "abbreviated"
@@ -225,7 +225,7 @@ def third_level(row: dict, facts: dict, style: str, u: np.ndarray) -> list[str]:
     lead = "" if short else ("diagnosis: ", "findings consistent with ")[int(2 * u[3])]
     return [lead + say("condition", facts["condition"], style, u[0]), ("ddx " + "/".join(others)) if short else "differential: " + " or ".join(others)]
 
-# %% ../../nbs/12_pcg_condition.ipynb #fe2bc865
+# %% ../../nbs/12_pcg_condition.ipynb #8a9240d0
 JOINED = (", ", ", ", "; ")   # between the facts of a level; a differential ends at a semicolon
 
 
@@ -252,7 +252,7 @@ def write_notes(
         notes.append(tuple(texts))
     return notes
 
-# %% ../../nbs/12_pcg_condition.ipynb #dde86eb3
+# %% ../../nbs/12_pcg_condition.ipynb #3cc24ea0
 NUMBER = "|".join([*reversed(ROMAN[1:]), "[1-6]"])
 PATTERNS = {   # attribute -> (level, pattern); the first group that matched is the value
     "differential": (2, r"(?i:differential|ddx|rather than|to be told from)[^.;]*"),
@@ -275,7 +275,7 @@ def dictionary() -> tuple[re.Pattern, dict[str, tuple[str, object]]]:
     pattern = "|".join(piece for _, piece in sorted(pieces, key=lambda pair: len(pair[0]), reverse=True))
     return re.compile(rf"(?<![\w+])(?:{pattern})(?![\w+])"), full | short
 
-# %% ../../nbs/12_pcg_condition.ipynb #a3dc5464
+# %% ../../nbs/12_pcg_condition.ipynb #b63c1027
 @dataclass(frozen=True)
 class Found:
     "A piece of text that says something."
@@ -309,7 +309,7 @@ def find_facts(
             found.append(Found(match.start(), match.end(), level, "" if silent else name, value))
     return sorted(found, key=lambda piece: piece.start)
 
-# %% ../../nbs/12_pcg_condition.ipynb #af7fc9f6
+# %% ../../nbs/12_pcg_condition.ipynb #b89b7d18
 def attributes_in(
     notes: Sequence[tuple[str, str, str]],  # one text per level
 ) -> pd.DataFrame:
@@ -330,7 +330,7 @@ def attributes_in(
         rows.append(row)
     return typed(pd.DataFrame(rows, columns=list(ATTRIBUTES)))
 
-# %% ../../nbs/12_pcg_condition.ipynb #4fabaa0c
+# %% ../../nbs/12_pcg_condition.ipynb #0b492f2a
 CUT = re.compile(r"[,;.:]|\s(?:at|in|over|with|and|from|of|the)\b")   # where a phrase may end
 
 
@@ -356,7 +356,7 @@ def read_note(
             parts[piece.level].append(text[cuts[place] : stop].strip(" ,;.:"))
     return tuple(", ".join(part) for part in parts)
 
-# %% ../../nbs/12_pcg_condition.ipynb #40efaa61
+# %% ../../nbs/12_pcg_condition.ipynb #4a12568f
 def nodes_of(
     attributes: pd.DataFrame,  # n rows, columns ATTRIBUTES
 ) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -374,7 +374,7 @@ def own_nodes(
     own[rows, np.concatenate([index for index, _ in nodes]) if len(nodes) else []] = True
     return own
 
-# %% ../../nbs/12_pcg_condition.ipynb #ae045d4d
+# %% ../../nbs/12_pcg_condition.ipynb #d813827c
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")   # BERT's own tokens
 HIDDEN = 0.15                     # share of words hidden (BERT, section 3.1)
 AS_MASK, AS_RANDOM = 0.8, 0.1     # of those: replaced by [MASK], by any token; the rest stays as it is (BERT, section 3.1)
@@ -384,13 +384,21 @@ def learn_vocabulary(
     texts: Sequence[str],  # to learn from
     size: int,             # tokens at most
 ) -> PreTrainedTokenizerFast:
-    "A WordPiece tokenizer without case, as BERT's."
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
-    tokenizer.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=size, special_tokens=list(SPECIAL), show_progress=False))
-    ends = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
-    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{f"{name[1:-1].lower()}_token": name for name in SPECIAL})
+    """A WordPiece tokenizer without case, as BERT's. The same texts give the same vocabulary.
+
+    The library alone does not: it numbers inner letters ("##a") in the order of a hash table, and ties of counts go by number. So they are numbered beforehand."""
+    def tokenizer(vocabulary: dict[str, int]) -> Tokenizer:
+        made = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+        made.normalizer, made.pre_tokenizer, made.decoder = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+        return made
+
+    first = tokenizer({})
+    letters = sorted({letter for text in texts for letter in first.normalizer.normalize_str(text)} - {" "})
+    first.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=size, special_tokens=[*SPECIAL, *(f"##{letter}" for letter in letters)], show_progress=False))
+    final = tokenizer(first.get_vocab())
+    ends = [(token, final.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
+    final.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    return PreTrainedTokenizerFast(tokenizer_object=final, **{f"{name[1:-1].lower()}_token": name for name in SPECIAL})
 
 
 def hide_words(
@@ -406,7 +414,7 @@ def hide_words(
     read = torch.where(hidden & (dice < AS_MASK), mask, torch.where(hidden & (dice > 1 - AS_RANDOM), anything, ids))
     return read, torch.where(hidden, ids, -100)
 
-# %% ../../nbs/12_pcg_condition.ipynb #5a01cc30
+# %% ../../nbs/12_pcg_condition.ipynb #6a9dcdd4
 def read_pretrained(
     name: str,    # of the hub, or a folder
     kind: type,   # AutoModel, BertForMaskedLM, ...
@@ -418,7 +426,7 @@ def read_pretrained(
         raise ValueError(f"the text encoder {name!r} cannot be had ({type(error).__name__}: {str(error).strip().splitlines()[0]}); check the name and the network, "
                          "or name a folder that holds config.json, model.safetensors and the vocabulary") from None
 
-# %% ../../nbs/12_pcg_condition.ipynb #9d1f9110
+# %% ../../nbs/12_pcg_condition.ipynb #63e4c235
 AT_ONCE = 256   # texts per pass when embedding
 
 
@@ -455,7 +463,7 @@ class TextReader(nn.Module):
         place = {"": 0} | {text: 1 + k for k, text in enumerate(each)}
         return torch.cat(vectors)[[place[text] for text in texts]].reshape(len(notes), len(LEVELS), self.width)
 
-# %% ../../nbs/12_pcg_condition.ipynb #f79ff946
+# %% ../../nbs/12_pcg_condition.ipynb #27f8d1bc
 class TextEncoder(TextReader):
     "A BERT and its vocabulary: `TextEncoder.fresh` is trained with `fit` on rows of `table(notes)`."
 
@@ -502,7 +510,7 @@ class TextEncoder(TextReader):
         read, hidden = hide_words(batch["input_ids"][:, : mask.shape[1]], self.tokenizer.all_special_ids, self.tokenizer.mask_token_id, self.model.config.vocab_size)
         return self.model(input_ids=read, attention_mask=mask, labels=hidden).loss
 
-# %% ../../nbs/12_pcg_condition.ipynb #8390f0e3
+# %% ../../nbs/12_pcg_condition.ipynb #a687c0ce
 GRAPHS_AT_ONCE = 512   # sub-graphs per pass when embedding
 
 
@@ -539,7 +547,7 @@ class GraphReader(nn.Module):
         parts = [self(part.to(self.joined.device)).float().cpu() for part in each.split(GRAPHS_AT_ONCE)]
         return torch.cat(parts)[place.reshape(-1)].reshape(len(nodes), len(subsets), -1)
 
-# %% ../../nbs/12_pcg_condition.ipynb #4bc3aef6
+# %% ../../nbs/12_pcg_condition.ipynb #1e5a7261
 LEVEL_TOLD = 0.5   # chance that a level is told in training
 
 
@@ -577,7 +585,7 @@ class GraphEncoder(GraphReader, ModelMixin, ConfigMixin):
         logits = self.guess(self(rest)).masked_fill(self.kind != self.kind[hidden], -torch.inf)
         return F.cross_entropy(logits, hidden[:, 0])
 
-# %% ../../nbs/12_pcg_condition.ipynb #a2ab2ea2
+# %% ../../nbs/12_pcg_condition.ipynb #b01333d4
 LEAST_SPREAD = 1e-3    # of a number that (nearly) never varies: it is not blown up
 
 
@@ -604,7 +612,7 @@ class Heard(nn.Module):
         said = (told & vectors.any(-1))[..., None]
         return torch.where(said, (vectors - self.mean) / self.std, self.silence)
 
-# %% ../../nbs/12_pcg_condition.ipynb #6f9a750e
+# %% ../../nbs/12_pcg_condition.ipynb #b6c05570
 class ConditionParts(nn.Module):
     """The parts of c = lambda1 * f(text) + lambda2 * g(graph), both lambdas learned (paper, sec. III.A).
 
@@ -640,7 +648,7 @@ class ConditionParts(nn.Module):
         self.text.measure(text)
         self.graph.measure(graph.flatten(0, 1))
 
-# %% ../../nbs/12_pcg_condition.ipynb #61d52087
+# %% ../../nbs/12_pcg_condition.ipynb #57dad96e
 class ConditionFuser(ConditionParts):
     "The condition vector c. Trained together with the denoiser. Raises `ValueError` for an unknown kind."
 
@@ -663,7 +671,7 @@ class ConditionFuser(ConditionParts):
             result = result + graph_share * self.g(self.graph(mine, told > 0))                # (b, width)
         return result
 
-# %% ../../nbs/12_pcg_condition.ipynb #3ae0149f
+# %% ../../nbs/12_pcg_condition.ipynb #0ccac300
 def linear_probe(
     features_train: torch.Tensor | np.ndarray,  # (n, d)
     y_train: np.ndarray,                        # (n,) classes
