@@ -26,7 +26,7 @@ def table() -> pd.DataFrame:
 @pytest.fixture(scope="module")
 def encoder(table) -> TextEncoder:
     torch.manual_seed(0)
-    return TextEncoder.fresh(write_notes(table), vocabulary=200, width=16, depth=1, heads=2, longest=64).eval()
+    return TextEncoder.fresh(write_notes(table), vocabulary=300, width=16, depth=1, heads=2, longest=64).eval()
 
 
 def row(**known) -> pd.DataFrame:
@@ -152,13 +152,20 @@ def test_text_encoder_learns_and_is_reproducible(table):
     losses, vocabularies = [], []
     for _ in range(2):
         torch.manual_seed(0)
-        encoder = TextEncoder.fresh(notes, vocabulary=200, width=16, depth=1, heads=2, longest=64)
+        encoder = TextEncoder.fresh(notes, vocabulary=300, width=16, depth=1, heads=2, longest=64)
         config = FitConfig(steps=60, batch_size=32, lr=1e-2, warmup=5, ema=0, precision="fp32", save_every=60)
         for training in fit(encoder, loader(encoder.table(notes), 32), config):
             pass
         losses.append([point["loss"] for point in training.history])
         vocabularies.append(encoder.tokenizer.get_vocab())
     assert losses[0] == losses[1] and losses[0][-1] < 0.9 * losses[0][0] and vocabularies[0] == vocabularies[1]
+
+
+def test_every_key_is_known(encoder):
+    "Letters and signs that no note used are spelled, not lost."
+    unknown = encoder.tokenizer.unk_token_id
+    assert unknown not in encoder.tokens(["4/6 HSM @ apx, q. quiz; (Zyx) 2-3 = 5% #!"])["input_ids"]
+    assert unknown in encoder.tokens(["\u5fc3"])["input_ids"] and len(encoder.tokenizer) <= 300
 
 
 def test_text_encoder_folders(encoder, table, tmp_path):

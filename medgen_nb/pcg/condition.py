@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['LEVELS', 'STYLES', 'SUBSETS', 'LEVEL_OF', 'NOISY', 'NOISE', 'PACE', 'AGES', 'ROMAN', 'RATE_STEP', 'SPOKEN', 'WORDS',
            'OTHER_NAMES', 'SHORT', 'KINDS', 'NODES', 'NODE', 'NODE_LEVEL', 'CLEAR', 'RAISED', 'EDGES', 'JOINED',
-           'NUMBER', 'PATTERNS', 'AGE_WORDS', 'NEGATED', 'CUT', 'SPECIAL', 'HIDDEN', 'AS_MASK', 'AS_RANDOM', 'AT_ONCE',
-           'GRAPHS_AT_ONCE', 'LEVEL_TOLD', 'LEAST_SPREAD', 'band', 'known', 'facts_of', 'edges_of', 'adjacency',
-           'differentials', 'age_and_sex', 'say', 'first_level', 'second_level', 'third_level', 'write_notes',
-           'dictionary', 'Found', 'find_facts', 'attributes_in', 'read_note', 'nodes_of', 'own_nodes',
-           'learn_vocabulary', 'hide_words', 'read_pretrained', 'TextReader', 'TextEncoder', 'GraphReader',
-           'GraphEncoder', 'Heard', 'ConditionParts', 'ConditionFuser', 'linear_probe']
+           'NUMBER', 'PATTERNS', 'AGE_WORDS', 'NEGATED', 'CUT', 'SPECIAL', 'KEYS', 'HIDDEN', 'AS_MASK', 'AS_RANDOM',
+           'AT_ONCE', 'GRAPHS_AT_ONCE', 'LEVEL_TOLD', 'LEAST_SPREAD', 'band', 'known', 'facts_of', 'edges_of',
+           'adjacency', 'differentials', 'age_and_sex', 'say', 'first_level', 'second_level', 'third_level',
+           'write_notes', 'dictionary', 'Found', 'find_facts', 'attributes_in', 'read_note', 'learn_vocabulary',
+           'hide_words', 'read_pretrained', 'TextReader', 'TextEncoder', 'linear_probe', 'nodes_of', 'own_nodes',
+           'GraphReader', 'GraphEncoder', 'Heard', 'ConditionParts', 'ConditionFuser']
 
-# %% ../../nbs/12_pcg_condition.ipynb #2cd960a0
+# %% ../../nbs/12_pcg_condition.ipynb #f8732da5
 import math
 import re
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -37,7 +38,7 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertForMaskedLM, 
 
 from .data import ATTRIBUTES, CONDITION, CONDITIONS, EXTRAS, GRADES, INNOCENT, PITCHES, QUALITIES, SHAPES, SITES, TIMINGS, YEARS, typed
 
-# %% ../../nbs/12_pcg_condition.ipynb #9ede542c
+# %% ../../nbs/12_pcg_condition.ipynb #ad1d3d24
 LEVELS = ("demographics", "murmur", "diagnosis")      # L1, L2, L3 (paper, sec. III.A)
 STYLES = ("full", "abbreviated", "reordered")         # ways to write a note; the last two are kept for claim P14
 SUBSETS = tuple(range(2 ** len(LEVELS)))              # which levels are told: bit k of the number stands for level k
@@ -50,7 +51,7 @@ AGES = {"newborn": 1 / 12, "infant": 1.0, "child": 12.0, "adolescent": 18.0, "yo
 ROMAN = ("", "I", "II", "III", "IV", "V", "VI")       # a grade in Roman numbers
 RATE_STEP = 5                                         # beats per minute: notes round to this
 
-# %% ../../nbs/12_pcg_condition.ipynb #af28cef7
+# %% ../../nbs/12_pcg_condition.ipynb #b4c08cff
 SPOKEN = 2   # wordings of a fact that notes use; all are understood
 
 WORDS = {    # attribute -> value -> wordings in full
@@ -72,7 +73,9 @@ WORDS = {    # attribute -> value -> wordings in full
               "click": ("click", "clicking sound", "systolic click", "ejection click"), "snap": ("opening snap", "snap"), "rub": ("friction rub", "rub")},
     "outcome": {"Normal": ("judged normal", "outcome normal"), "Abnormal": ("judged abnormal", "outcome abnormal")}}
 
-# %% ../../nbs/12_pcg_condition.ipynb #8e8e8bc0
+
+
+# %% ../../nbs/12_pcg_condition.ipynb #50e13226
 OTHER_NAMES = {"normal": ("healthy heart",), "Still": ("Still's murmur",), "AS": ("aortic valve stenosis",), "AR": ("aortic insufficiency",), "MS": ("mitral valve stenosis",),
                "MR": ("mitral insufficiency",), "MVP": ("prolapse of the mitral valve", "mitral prolapse"), "TS": ("tricuspid valve stenosis",), "TR": ("tricuspid insufficiency",),
                "PS": ("pulmonary valve stenosis", "pulmonic stenosis"), "PR": ("pulmonary insufficiency",), "VSD": ("defect of the ventricular septum",),
@@ -88,7 +91,7 @@ SHORT = {    # one abbreviation each, as hurried people write; case matters
     "extra": {"": "no xs", "S3": "S3", "S4": "S4", "click": "clk", "snap": "OS", "rub": "fr rub"}, "outcome": {"Normal": "nl", "Abnormal": "abn"},
     "condition": {c.key: {"normal": "nl heart", "Still": "Still's", "S3": "S3G", "rub": "PFR"}.get(c.key, c.key) for c in CONDITIONS}}
 
-# %% ../../nbs/12_pcg_condition.ipynb #cacb683d
+# %% ../../nbs/12_pcg_condition.ipynb #ad616642
 def band(
     value: float,                    # what was measured
     names: Sequence[str],            # of the bands, from low to high
@@ -114,7 +117,7 @@ def facts_of(
         facts |= {kind: band(row[name], names, edges)} if known(row[name]) else {}
     return facts
 
-# %% ../../nbs/12_pcg_condition.ipynb #ed746db2
+# %% ../../nbs/12_pcg_condition.ipynb #f81a36ef
 KINDS = {"age": tuple(AGES), "sex": ("F", "M"), "site": SITES, "rate": ("slow", "usual", "fast"), "noise": tuple(NOISE), "timing": tuple(TIMINGS), "shape": SHAPES,
          "grade": tuple(range(len(ROMAN))), "pitch": tuple(PITCHES), "quality": QUALITIES, "extra": ("", *EXTRAS), "condition": tuple(CONDITION), "outcome": ("Normal", "Abnormal")}
 NODES = tuple((kind, value) for kind, values in KINDS.items() for value in values)   # of the graph: what can be said of a recording
@@ -142,7 +145,9 @@ def edges_of(
 
 EDGES = tuple((("condition", key), edge, (kind, value)) for key in CONDITION for edge, kind, value in edges_of(key))   # all touch a condition
 
-# %% ../../nbs/12_pcg_condition.ipynb #877d3bd9
+
+
+# %% ../../nbs/12_pcg_condition.ipynb #c191fe33
 def adjacency() -> torch.Tensor:
     "1 where an edge joins two nodes, in either direction, (nodes, nodes) float32."
     joined = torch.zeros(len(NODES), len(NODES))
@@ -160,7 +165,7 @@ def differentials(
     alike = lambda other: len(mine & (theirs := {edge[1:] for edge in edges_of(other)})) / len(mine | theirs)
     return tuple(sorted((other for other in CONDITION if other != key), key=alike, reverse=True)[:2])
 
-# %% ../../nbs/12_pcg_condition.ipynb #ced00880
+# %% ../../nbs/12_pcg_condition.ipynb #3698cec8
 def age_and_sex(
     age: float,    # years, nan: unknown
     sex: str,      # "F", "M"; "" or None: unknown
@@ -190,7 +195,9 @@ def say(
     options = (SHORT[attribute][value],) if style == "abbreviated" else WORDS[attribute][value][:SPOKEN]
     return options[int(chance * len(options))]
 
-# %% ../../nbs/12_pcg_condition.ipynb #9df7e115
+
+
+# %% ../../nbs/12_pcg_condition.ipynb #b4087cf8
 def first_level(row: dict, facts: dict, style: str, u: np.ndarray) -> list[str]:
     "Facts of L1 in words: who, heart rate, site, noise. `facts` from `facts_of`, u: chances in 0...1."
     said, short = [age_and_sex(row["age"], row["sex"], style, u[0])], style == "abbreviated"
@@ -225,7 +232,9 @@ def third_level(row: dict, facts: dict, style: str, u: np.ndarray) -> list[str]:
     lead = "" if short else ("diagnosis: ", "findings consistent with ")[int(2 * u[3])]
     return [lead + say("condition", facts["condition"], style, u[0]), ("ddx " + "/".join(others)) if short else "differential: " + " or ".join(others)]
 
-# %% ../../nbs/12_pcg_condition.ipynb #8a9240d0
+
+
+# %% ../../nbs/12_pcg_condition.ipynb #9a048b7b
 JOINED = (", ", ", ", "; ")   # between the facts of a level; a differential ends at a semicolon
 
 
@@ -252,7 +261,7 @@ def write_notes(
         notes.append(tuple(texts))
     return notes
 
-# %% ../../nbs/12_pcg_condition.ipynb #3cc24ea0
+# %% ../../nbs/12_pcg_condition.ipynb #21ccf628
 NUMBER = "|".join([*reversed(ROMAN[1:]), "[1-6]"])
 PATTERNS = {   # attribute -> (level, pattern); the first group that matched is the value
     "differential": (2, r"(?i:differential|ddx|rather than|to be told from)[^.;]*"),
@@ -275,7 +284,9 @@ def dictionary() -> tuple[re.Pattern, dict[str, tuple[str, object]]]:
     pattern = "|".join(piece for _, piece in sorted(pieces, key=lambda pair: len(pair[0]), reverse=True))
     return re.compile(rf"(?<![\w+])(?:{pattern})(?![\w+])"), full | short
 
-# %% ../../nbs/12_pcg_condition.ipynb #b63c1027
+
+
+# %% ../../nbs/12_pcg_condition.ipynb #11d0994f
 @dataclass(frozen=True)
 class Found:
     "A piece of text that says something."
@@ -309,7 +320,9 @@ def find_facts(
             found.append(Found(match.start(), match.end(), level, "" if silent else name, value))
     return sorted(found, key=lambda piece: piece.start)
 
-# %% ../../nbs/12_pcg_condition.ipynb #b89b7d18
+
+
+# %% ../../nbs/12_pcg_condition.ipynb #7aca400d
 def attributes_in(
     notes: Sequence[tuple[str, str, str]],  # one text per level
 ) -> pd.DataFrame:
@@ -330,7 +343,7 @@ def attributes_in(
         rows.append(row)
     return typed(pd.DataFrame(rows, columns=list(ATTRIBUTES)))
 
-# %% ../../nbs/12_pcg_condition.ipynb #0b492f2a
+# %% ../../nbs/12_pcg_condition.ipynb #44f94e32
 CUT = re.compile(r"[,;.:]|\s(?:at|in|over|with|and|from|of|the)\b")   # where a phrase may end
 
 
@@ -356,26 +369,9 @@ def read_note(
             parts[piece.level].append(text[cuts[place] : stop].strip(" ,;.:"))
     return tuple(", ".join(part) for part in parts)
 
-# %% ../../nbs/12_pcg_condition.ipynb #4a12568f
-def nodes_of(
-    attributes: pd.DataFrame,  # n rows, columns ATTRIBUTES
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    "A recording's own nodes: their places in NODES and the level that tells each, both (k,) int64."
-    own = [np.array(sorted(NODE[fact] for fact in facts_of(row).items()), dtype=np.int64) for row in attributes.to_dict("records")]
-    return [(index, NODE_LEVEL[index]) for index in own]
-
-
-def own_nodes(
-    nodes: Sequence[tuple[np.ndarray, np.ndarray]],  # from `nodes_of`
-) -> torch.Tensor:
-    "True where a node is a recording's own, (n, nodes) bool."
-    own = torch.zeros(len(nodes), len(NODES), dtype=torch.bool)
-    rows = np.repeat(np.arange(len(nodes)), [len(index) for index, _ in nodes])
-    own[rows, np.concatenate([index for index, _ in nodes]) if len(nodes) else []] = True
-    return own
-
-# %% ../../nbs/12_pcg_condition.ipynb #d813827c
+# %% ../../nbs/12_pcg_condition.ipynb #8e10c09f
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")   # BERT's own tokens
+KEYS = string.ascii_lowercase + string.digits + string.punctuation   # known even if no note uses them: a prompt may
 HIDDEN = 0.15                     # share of words hidden (BERT, section 3.1)
 AS_MASK, AS_RANDOM = 0.8, 0.1     # of those: replaced by [MASK], by any token; the rest stays as it is (BERT, section 3.1)
 
@@ -393,8 +389,9 @@ def learn_vocabulary(
         return made
 
     first = tokenizer({})
-    letters = sorted({letter for text in texts for letter in first.normalizer.normalize_str(text)} - {" "})
-    first.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=size, special_tokens=[*SPECIAL, *(f"##{letter}" for letter in letters)], show_progress=False))
+    letters = sorted({letter for text in [*texts, KEYS] for letter in first.normalizer.normalize_str(text)} - {" "})
+    known = [*SPECIAL, *letters, *(f"##{letter}" for letter in letters)]
+    first.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=size, special_tokens=known, show_progress=False))
     final = tokenizer(first.get_vocab())
     ends = [(token, final.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
     final.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
@@ -414,7 +411,7 @@ def hide_words(
     read = torch.where(hidden & (dice < AS_MASK), mask, torch.where(hidden & (dice > 1 - AS_RANDOM), anything, ids))
     return read, torch.where(hidden, ids, -100)
 
-# %% ../../nbs/12_pcg_condition.ipynb #6a9dcdd4
+# %% ../../nbs/12_pcg_condition.ipynb #26044d39
 def read_pretrained(
     name: str,    # of the hub, or a folder
     kind: type,   # AutoModel, BertForMaskedLM, ...
@@ -426,7 +423,9 @@ def read_pretrained(
         raise ValueError(f"the text encoder {name!r} cannot be had ({type(error).__name__}: {str(error).strip().splitlines()[0]}); check the name and the network, "
                          "or name a folder that holds config.json, model.safetensors and the vocabulary") from None
 
-# %% ../../nbs/12_pcg_condition.ipynb #63e4c235
+
+
+# %% ../../nbs/12_pcg_condition.ipynb #3d1714d8
 AT_ONCE = 256   # texts per pass when embedding
 
 
@@ -463,7 +462,9 @@ class TextReader(nn.Module):
         place = {"": 0} | {text: 1 + k for k, text in enumerate(each)}
         return torch.cat(vectors)[[place[text] for text in texts]].reshape(len(notes), len(LEVELS), self.width)
 
-# %% ../../nbs/12_pcg_condition.ipynb #27f8d1bc
+
+
+# %% ../../nbs/12_pcg_condition.ipynb #698af583
 class TextEncoder(TextReader):
     "A BERT and its vocabulary: `TextEncoder.fresh` is trained with `fit` on rows of `table(notes)`."
 
@@ -510,7 +511,38 @@ class TextEncoder(TextReader):
         read, hidden = hide_words(batch["input_ids"][:, : mask.shape[1]], self.tokenizer.all_special_ids, self.tokenizer.mask_token_id, self.model.config.vocab_size)
         return self.model(input_ids=read, attention_mask=mask, labels=hidden).loss
 
-# %% ../../nbs/12_pcg_condition.ipynb #a687c0ce
+# %% ../../nbs/12_pcg_condition.ipynb #60e9e77c
+def linear_probe(
+    features_train: torch.Tensor | np.ndarray,  # (n, d)
+    y_train: np.ndarray,                        # (n,) classes
+    features_test: torch.Tensor | np.ndarray,   # (m, d) of other people
+    y_test: np.ndarray,                         # (m,)
+) -> float:
+    "Accuracy, 0...1, of a logistic regression: how much of y lies in the features without further thought."
+    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500)).fit(np.asarray(features_train), np.asarray(y_train))
+    return float(probe.score(np.asarray(features_test), np.asarray(y_test)))
+
+# %% ../../nbs/12_pcg_condition.ipynb #7688548a
+def nodes_of(
+    attributes: pd.DataFrame,  # n rows, columns ATTRIBUTES
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    "A recording's own nodes: their places in NODES and the level that tells each, both (k,) int64."
+    own = [np.array(sorted(NODE[fact] for fact in facts_of(row).items()), dtype=np.int64) for row in attributes.to_dict("records")]
+    return [(index, NODE_LEVEL[index]) for index in own]
+
+
+def own_nodes(
+    nodes: Sequence[tuple[np.ndarray, np.ndarray]],  # from `nodes_of`
+) -> torch.Tensor:
+    "True where a node is a recording's own, (n, nodes) bool."
+    own = torch.zeros(len(nodes), len(NODES), dtype=torch.bool)
+    rows = np.repeat(np.arange(len(nodes)), [len(index) for index, _ in nodes])
+    own[rows, np.concatenate([index for index, _ in nodes]) if len(nodes) else []] = True
+    return own
+
+
+
+# %% ../../nbs/12_pcg_condition.ipynb #1e3d2bbc
 GRAPHS_AT_ONCE = 512   # sub-graphs per pass when embedding
 
 
@@ -547,7 +579,9 @@ class GraphReader(nn.Module):
         parts = [self(part.to(self.joined.device)).float().cpu() for part in each.split(GRAPHS_AT_ONCE)]
         return torch.cat(parts)[place.reshape(-1)].reshape(len(nodes), len(subsets), -1)
 
-# %% ../../nbs/12_pcg_condition.ipynb #1e5a7261
+
+
+# %% ../../nbs/12_pcg_condition.ipynb #51714ade
 LEVEL_TOLD = 0.5   # chance that a level is told in training
 
 
@@ -585,7 +619,7 @@ class GraphEncoder(GraphReader, ModelMixin, ConfigMixin):
         logits = self.guess(self(rest)).masked_fill(self.kind != self.kind[hidden], -torch.inf)
         return F.cross_entropy(logits, hidden[:, 0])
 
-# %% ../../nbs/12_pcg_condition.ipynb #b01333d4
+# %% ../../nbs/12_pcg_condition.ipynb #5f8f2946
 LEAST_SPREAD = 1e-3    # of a number that (nearly) never varies: it is not blown up
 
 
@@ -612,7 +646,9 @@ class Heard(nn.Module):
         said = (told & vectors.any(-1))[..., None]
         return torch.where(said, (vectors - self.mean) / self.std, self.silence)
 
-# %% ../../nbs/12_pcg_condition.ipynb #b6c05570
+
+
+# %% ../../nbs/12_pcg_condition.ipynb #3421f17f
 class ConditionParts(nn.Module):
     """The parts of c = lambda1 * f(text) + lambda2 * g(graph), both lambdas learned (paper, sec. III.A).
 
@@ -648,7 +684,9 @@ class ConditionParts(nn.Module):
         self.text.measure(text)
         self.graph.measure(graph.flatten(0, 1))
 
-# %% ../../nbs/12_pcg_condition.ipynb #57dad96e
+
+
+# %% ../../nbs/12_pcg_condition.ipynb #af8b17b8
 class ConditionFuser(ConditionParts):
     "The condition vector c. Trained together with the denoiser. Raises `ValueError` for an unknown kind."
 
@@ -670,14 +708,3 @@ class ConditionFuser(ConditionParts):
             mine = graph[torch.arange(len(told), device=told.device), told]                   # (b, graph_width)
             result = result + graph_share * self.g(self.graph(mine, told > 0))                # (b, width)
         return result
-
-# %% ../../nbs/12_pcg_condition.ipynb #0ccac300
-def linear_probe(
-    features_train: torch.Tensor | np.ndarray,  # (n, d)
-    y_train: np.ndarray,                        # (n,) classes
-    features_test: torch.Tensor | np.ndarray,   # (m, d) of other people
-    y_test: np.ndarray,                         # (m,)
-) -> float:
-    "Accuracy, 0...1, of a logistic regression: how much of y lies in the features without further thought."
-    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500)).fit(np.asarray(features_train), np.asarray(y_train))
-    return float(probe.score(np.asarray(features_test), np.asarray(y_test)))
