@@ -12,7 +12,7 @@ __all__ = ['LEVELS', 'STYLES', 'SUBSETS', 'LEVEL_OF', 'NOISY', 'NOISE', 'PACE', 
            'hide_words', 'read_pretrained', 'TextReader', 'TextEncoder', 'linear_probe', 'nodes_of', 'own_nodes',
            'GraphReader', 'GraphEncoder', 'Heard', 'ConditionParts', 'ConditionFuser']
 
-# %% ../../nbs/12_pcg_condition.ipynb #f8732da5
+# %% ../../nbs/12_pcg_condition.ipynb #6a5d698a
 import math
 import re
 import string
@@ -38,7 +38,7 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertForMaskedLM, 
 
 from .data import ATTRIBUTES, CONDITION, CONDITIONS, EXTRAS, GRADES, INNOCENT, PITCHES, QUALITIES, SHAPES, SITES, TIMINGS, YEARS, typed
 
-# %% ../../nbs/12_pcg_condition.ipynb #ad1d3d24
+# %% ../../nbs/12_pcg_condition.ipynb #3c4ceadd
 LEVELS = ("demographics", "murmur", "diagnosis")      # L1, L2, L3 (paper, sec. III.A)
 STYLES = ("full", "abbreviated", "reordered")         # ways to write a note; the last two are kept for claim P14
 SUBSETS = tuple(range(2 ** len(LEVELS)))              # which levels are told: bit k of the number stands for level k
@@ -51,7 +51,7 @@ AGES = {"newborn": 1 / 12, "infant": 1.0, "child": 12.0, "adolescent": 18.0, "yo
 ROMAN = ("", "I", "II", "III", "IV", "V", "VI")       # a grade in Roman numbers
 RATE_STEP = 5                                         # beats per minute: notes round to this
 
-# %% ../../nbs/12_pcg_condition.ipynb #b4c08cff
+# %% ../../nbs/12_pcg_condition.ipynb #9f27bc91
 SPOKEN = 2   # wordings of a fact that notes use; all are understood
 
 WORDS = {    # attribute -> value -> wordings in full
@@ -75,7 +75,7 @@ WORDS = {    # attribute -> value -> wordings in full
 
 
 
-# %% ../../nbs/12_pcg_condition.ipynb #50e13226
+# %% ../../nbs/12_pcg_condition.ipynb #fcfc1a72
 OTHER_NAMES = {"normal": ("healthy heart",), "Still": ("Still's murmur",), "AS": ("aortic valve stenosis",), "AR": ("aortic insufficiency",), "MS": ("mitral valve stenosis",),
                "MR": ("mitral insufficiency",), "MVP": ("prolapse of the mitral valve", "mitral prolapse"), "TS": ("tricuspid valve stenosis",), "TR": ("tricuspid insufficiency",),
                "PS": ("pulmonary valve stenosis", "pulmonic stenosis"), "PR": ("pulmonary insufficiency",), "VSD": ("defect of the ventricular septum",),
@@ -91,7 +91,7 @@ SHORT = {    # one abbreviation each, as hurried people write; case matters
     "extra": {"": "no xs", "S3": "S3", "S4": "S4", "click": "clk", "snap": "OS", "rub": "fr rub"}, "outcome": {"Normal": "nl", "Abnormal": "abn"},
     "condition": {c.key: {"normal": "nl heart", "Still": "Still's", "S3": "S3G", "rub": "PFR"}.get(c.key, c.key) for c in CONDITIONS}}
 
-# %% ../../nbs/12_pcg_condition.ipynb #ad616642
+# %% ../../nbs/12_pcg_condition.ipynb #a73fe17f
 def band(
     value: float,                    # what was measured
     names: Sequence[str],            # of the bands, from low to high
@@ -117,7 +117,7 @@ def facts_of(
         facts |= {kind: band(row[name], names, edges)} if known(row[name]) else {}
     return facts
 
-# %% ../../nbs/12_pcg_condition.ipynb #f81a36ef
+# %% ../../nbs/12_pcg_condition.ipynb #ebeb13eb
 KINDS = {"age": tuple(AGES), "sex": ("F", "M"), "site": SITES, "rate": ("slow", "usual", "fast"), "noise": tuple(NOISE), "timing": tuple(TIMINGS), "shape": SHAPES,
          "grade": tuple(range(len(ROMAN))), "pitch": tuple(PITCHES), "quality": QUALITIES, "extra": ("", *EXTRAS), "condition": tuple(CONDITION), "outcome": ("Normal", "Abnormal")}
 NODES = tuple((kind, value) for kind, values in KINDS.items() for value in values)   # of the graph: what can be said of a recording
@@ -147,7 +147,7 @@ EDGES = tuple((("condition", key), edge, (kind, value)) for key in CONDITION for
 
 
 
-# %% ../../nbs/12_pcg_condition.ipynb #c191fe33
+# %% ../../nbs/12_pcg_condition.ipynb #df15c7fd
 def adjacency() -> torch.Tensor:
     "1 where an edge joins two nodes, in either direction, (nodes, nodes) float32."
     joined = torch.zeros(len(NODES), len(NODES))
@@ -165,7 +165,7 @@ def differentials(
     alike = lambda other: len(mine & (theirs := {edge[1:] for edge in edges_of(other)})) / len(mine | theirs)
     return tuple(sorted((other for other in CONDITION if other != key), key=alike, reverse=True)[:2])
 
-# %% ../../nbs/12_pcg_condition.ipynb #3698cec8
+# %% ../../nbs/12_pcg_condition.ipynb #f1112da7
 def age_and_sex(
     age: float,    # years, nan: unknown
     sex: str,      # "F", "M"; "" or None: unknown
@@ -197,7 +197,7 @@ def say(
 
 
 
-# %% ../../nbs/12_pcg_condition.ipynb #b4087cf8
+# %% ../../nbs/12_pcg_condition.ipynb #8774bb3d
 def first_level(row: dict, facts: dict, style: str, u: np.ndarray) -> list[str]:
     "Facts of L1 in words: who, heart rate, site, noise. `facts` from `facts_of`, u: chances in 0...1."
     said, short = [age_and_sex(row["age"], row["sex"], style, u[0])], style == "abbreviated"
@@ -234,7 +234,7 @@ def third_level(row: dict, facts: dict, style: str, u: np.ndarray) -> list[str]:
 
 
 
-# %% ../../nbs/12_pcg_condition.ipynb #9a048b7b
+# %% ../../nbs/12_pcg_condition.ipynb #460c9b68
 JOINED = (", ", ", ", "; ")   # between the facts of a level; a differential ends at a semicolon
 
 
@@ -261,7 +261,7 @@ def write_notes(
         notes.append(tuple(texts))
     return notes
 
-# %% ../../nbs/12_pcg_condition.ipynb #21ccf628
+# %% ../../nbs/12_pcg_condition.ipynb #7f239913
 NUMBER = "|".join([*reversed(ROMAN[1:]), "[1-6]"])
 PATTERNS = {   # attribute -> (level, pattern); the first group that matched is the value
     "differential": (2, r"(?i:differential|ddx|rather than|to be told from)[^.;]*"),
@@ -286,7 +286,7 @@ def dictionary() -> tuple[re.Pattern, dict[str, tuple[str, object]]]:
 
 
 
-# %% ../../nbs/12_pcg_condition.ipynb #11d0994f
+# %% ../../nbs/12_pcg_condition.ipynb #c3cf46df
 @dataclass(frozen=True)
 class Found:
     "A piece of text that says something."
@@ -322,7 +322,7 @@ def find_facts(
 
 
 
-# %% ../../nbs/12_pcg_condition.ipynb #7aca400d
+# %% ../../nbs/12_pcg_condition.ipynb #68e98427
 def attributes_in(
     notes: Sequence[tuple[str, str, str]],  # one text per level
 ) -> pd.DataFrame:
@@ -343,7 +343,7 @@ def attributes_in(
         rows.append(row)
     return typed(pd.DataFrame(rows, columns=list(ATTRIBUTES)))
 
-# %% ../../nbs/12_pcg_condition.ipynb #44f94e32
+# %% ../../nbs/12_pcg_condition.ipynb #535c260b
 CUT = re.compile(r"[,;.:]|\s(?:at|in|over|with|and|from|of|the)\b")   # where a phrase may end
 
 
@@ -369,7 +369,7 @@ def read_note(
             parts[piece.level].append(text[cuts[place] : stop].strip(" ,;.:"))
     return tuple(", ".join(part) for part in parts)
 
-# %% ../../nbs/12_pcg_condition.ipynb #8e10c09f
+# %% ../../nbs/12_pcg_condition.ipynb #376b708e
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")   # BERT's own tokens
 KEYS = string.ascii_lowercase + string.digits + string.punctuation   # known even if no note uses them: a prompt may
 HIDDEN = 0.15                     # share of words hidden (BERT, section 3.1)
@@ -411,7 +411,7 @@ def hide_words(
     read = torch.where(hidden & (dice < AS_MASK), mask, torch.where(hidden & (dice > 1 - AS_RANDOM), anything, ids))
     return read, torch.where(hidden, ids, -100)
 
-# %% ../../nbs/12_pcg_condition.ipynb #26044d39
+# %% ../../nbs/12_pcg_condition.ipynb #f25adafa
 def read_pretrained(
     name: str,    # of the hub, or a folder
     kind: type,   # AutoModel, BertForMaskedLM, ...
@@ -425,7 +425,7 @@ def read_pretrained(
 
 
 
-# %% ../../nbs/12_pcg_condition.ipynb #3d1714d8
+# %% ../../nbs/12_pcg_condition.ipynb #c288c403
 AT_ONCE = 256   # texts per pass when embedding
 
 
@@ -464,7 +464,7 @@ class TextReader(nn.Module):
 
 
 
-# %% ../../nbs/12_pcg_condition.ipynb #698af583
+# %% ../../nbs/12_pcg_condition.ipynb #9d4b1193
 class TextEncoder(TextReader):
     "A BERT and its vocabulary: `TextEncoder.fresh` is trained with `fit` on rows of `table(notes)`."
 
@@ -511,7 +511,7 @@ class TextEncoder(TextReader):
         read, hidden = hide_words(batch["input_ids"][:, : mask.shape[1]], self.tokenizer.all_special_ids, self.tokenizer.mask_token_id, self.model.config.vocab_size)
         return self.model(input_ids=read, attention_mask=mask, labels=hidden).loss
 
-# %% ../../nbs/12_pcg_condition.ipynb #60e9e77c
+# %% ../../nbs/12_pcg_condition.ipynb #7b557f72
 def linear_probe(
     features_train: torch.Tensor | np.ndarray,  # (n, d)
     y_train: np.ndarray,                        # (n,) classes
@@ -522,7 +522,7 @@ def linear_probe(
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500)).fit(np.asarray(features_train), np.asarray(y_train))
     return float(probe.score(np.asarray(features_test), np.asarray(y_test)))
 
-# %% ../../nbs/12_pcg_condition.ipynb #7688548a
+# %% ../../nbs/12_pcg_condition.ipynb #1ea9aec5
 def nodes_of(
     attributes: pd.DataFrame,  # n rows, columns ATTRIBUTES
 ) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -542,7 +542,7 @@ def own_nodes(
 
 
 
-# %% ../../nbs/12_pcg_condition.ipynb #1e3d2bbc
+# %% ../../nbs/12_pcg_condition.ipynb #4b6d3487
 GRAPHS_AT_ONCE = 512   # sub-graphs per pass when embedding
 
 
@@ -581,7 +581,7 @@ class GraphReader(nn.Module):
 
 
 
-# %% ../../nbs/12_pcg_condition.ipynb #51714ade
+# %% ../../nbs/12_pcg_condition.ipynb #9cb00291
 LEVEL_TOLD = 0.5   # chance that a level is told in training
 
 
@@ -619,7 +619,7 @@ class GraphEncoder(GraphReader, ModelMixin, ConfigMixin):
         logits = self.guess(self(rest)).masked_fill(self.kind != self.kind[hidden], -torch.inf)
         return F.cross_entropy(logits, hidden[:, 0])
 
-# %% ../../nbs/12_pcg_condition.ipynb #5f8f2946
+# %% ../../nbs/12_pcg_condition.ipynb #883f2f14
 LEAST_SPREAD = 1e-3    # of a number that (nearly) never varies: it is not blown up
 
 
@@ -648,7 +648,7 @@ class Heard(nn.Module):
 
 
 
-# %% ../../nbs/12_pcg_condition.ipynb #3421f17f
+# %% ../../nbs/12_pcg_condition.ipynb #698eaf53
 class ConditionParts(nn.Module):
     """The parts of c = lambda1 * f(text) + lambda2 * g(graph), both lambdas learned (paper, sec. III.A).
 
@@ -686,7 +686,7 @@ class ConditionParts(nn.Module):
 
 
 
-# %% ../../nbs/12_pcg_condition.ipynb #af8b17b8
+# %% ../../nbs/12_pcg_condition.ipynb #57344d7f
 class ConditionFuser(ConditionParts):
     "The condition vector c. Trained together with the denoiser. Raises `ValueError` for an unknown kind."
 
