@@ -13,7 +13,7 @@ __all__ = ['RATE_BOUNDS', 'SNR_BOUNDS', 'GRADE_BOUNDS', 'JUDGED', 'SPACE_OF', 'C
            'plausibility', 'component_error', 'mask_peak', 'comb', 'mask_lag_test', 'ConditionNet', 'RareGain',
            'rare_gain']
 
-# %% ../../nbs/15_pcg_metrics.ipynb #fa26be84
+# %% ../../nbs/15_pcg_metrics.ipynb #337bdc31
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -30,14 +30,14 @@ from sklearn.model_selection import cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-# %% ../../nbs/15_pcg_metrics.ipynb #e3ff64e1
+# %% ../../nbs/15_pcg_metrics.ipynb #d3d9fc37
 from ..data import loader
 from ..metrics import Estimate, bootstrap, floor_halves, frechet_distance
 from .data import (CONDITION, FASTEST, FS, HOP, N_FFT, PITCHES, SILENT, SITES, SLOWEST, STATE_FS, TIMINGS, TRACKS, PcgSet, Scale, rate_for,
                                 spectrogram, typed)
 from ..training import FitConfig, fit
 
-# %% ../../nbs/15_pcg_metrics.ipynb #69bc032b
+# %% ../../nbs/15_pcg_metrics.ipynb #6cc9a371
 RATE_BOUNDS, SNR_BOUNDS, GRADE_BOUNDS = (75, 110), (7, 14), (1, 3, 4)   # lower ends of the classes but the first: beats/min; dB; grade (ours)
 JUDGED = {"rate": ("slow", "usual", "fast"), "timing": ("none", *TIMINGS), "grade": ("none", "soft", "moderate", "loud"),
           "pitch": ("none", *PITCHES), "extra": ("none", "S3", "S4", "click", "snap"), "noise": ("noisy", "some", "quiet"),
@@ -61,7 +61,7 @@ def classes_of(
                          "noise": above(attributes["snr"].to_numpy(float), SNR_BOUNDS),
                          "condition": [condition.get(key, -1) for key in attributes["condition"]]}).astype(np.int64)
 
-# %% ../../nbs/15_pcg_metrics.ipynb #8f3595f9
+# %% ../../nbs/15_pcg_metrics.ipynb #a8869143
 def token_states(
     states: np.ndarray,  # (n, seconds * STATE_FS) of `PcgSet.states`
 ) -> np.ndarray:
@@ -86,7 +86,7 @@ def probe_table(
     return {"x": torch.from_numpy(scale.as_input(spectrogram(sounds.waves))), "site": site_vector(sounds.attributes["site"]),
             "states": torch.from_numpy(token_states(sounds.states)), **{name: torch.tensor(classes[name].to_numpy()) for name in JUDGED}}
 
-# %% ../../nbs/15_pcg_metrics.ipynb #e5215c4f
+# %% ../../nbs/15_pcg_metrics.ipynb #418d089b
 GROUPS = 8   # of each group norm; divides every width
 
 class Probe(ModelMixin, ConfigMixin):
@@ -164,7 +164,7 @@ class Probe(ModelMixin, ConfigMixin):
         pairs = [(said[name] + getattr(self, f"prior_{name}"), batch[name]) for name in JUDGED] + [(said["states"], batch["states"] - 1)]
         return sum(F.cross_entropy(logits, right, ignore_index=-1) for logits, right in pairs if (right >= 0).any())
 
-# %% ../../nbs/15_pcg_metrics.ipynb #49b2288b
+# %% ../../nbs/15_pcg_metrics.ipynb #21ee609a
 class FixedNet(nn.Module):
     "Random convolutions that nobody trained: a second opinion for distances, with no taste of its own (ours)."
 
@@ -186,7 +186,7 @@ class FixedNet(nn.Module):
         x = F.relu(F.conv2d(x, self.second, stride=2, padding=1)).flatten(2)   # (n, 48, 7 * 39)
         return torch.cat([x.mean(2), x.std(2)], 1) @ self.last.T               # (n, 48)
 
-# %% ../../nbs/15_pcg_metrics.ipynb #28a01a41
+# %% ../../nbs/15_pcg_metrics.ipynb #4c52879f
 ROWS = 128   # recordings at a time
 
 def as_tensor(
@@ -217,7 +217,7 @@ def hear(
     return (pd.DataFrame({name: torch.cat([part[name] for part in said]).argmax(1).numpy() for name in JUDGED}),
             torch.cat([part["states"] for part in said]).numpy())
 
-# %% ../../nbs/15_pcg_metrics.ipynb #973a6615
+# %% ../../nbs/15_pcg_metrics.ipynb #7721c98c
 def fad_star(
     real_x: torch.Tensor | np.ndarray,  # (n, 1, 52, 312)
     fake_x: torch.Tensor | np.ndarray,  # (m, 1, 52, 312)
@@ -236,7 +236,7 @@ def fad_floor(
     one, other = floor_halves(len(features), seed)
     return frechet_distance(features[one], features[other])
 
-# %% ../../nbs/15_pcg_metrics.ipynb #02684b7e
+# %% ../../nbs/15_pcg_metrics.ipynb #75c19ee0
 def recalls(
     right: np.ndarray,  # (n,) class numbers; -1: does not count
     said: np.ndarray,   # (n,)
@@ -288,7 +288,7 @@ def condition_fidelity(
                          "heard most": [JUDGED["condition"][count.argmax()] if count.any() else "" for count in heard]}, index=list(CONDITION))
     return Fidelity(cf, attributes["condition"], attributes, rows)
 
-# %% ../../nbs/15_pcg_metrics.ipynb #20fbe9b7
+# %% ../../nbs/15_pcg_metrics.ipynb #0d1a1117
 DOSES = {"rate": (60.0, 90.0, 130.0), "grade": (0.0, 2.0, 3.0, 5.0), "noise": (3.0, 10.0, 18.0)}   # what an edit sets for each class (ours): inside it
 COLUMN = {"noise": "snr"}   # attribute -> column, where the names differ
 MOST_DIASTOLIC = 4.0        # grade
@@ -329,9 +329,10 @@ def wishes(
     attributes: pd.DataFrame,  # n rows
 ) -> dict[str, np.ndarray]:
     "What `simulate_sounds(given=...)` takes: with equal seeds two calls render true twins."
-    return {name: attributes[name].to_numpy() for name in GIVEN}
+    words = {"timing": "Holosystolic", "shape": "Plateau", "pitch": "Low", "quality": "Blowing"}   # stand where there is no murmur: the simulator takes them away
+    return {name: np.array([words[name] if name in words and value is None else value for value in typed(attributes)[name]], dtype=object if name in words else None) for name in GIVEN}
 
-# %% ../../nbs/15_pcg_metrics.ipynb #6a5aa67b
+# %% ../../nbs/15_pcg_metrics.ipynb #4fa55d67
 class Pds(NamedTuple):
     "Does an edit change what it should, and nothing else? All 0...1."
     pds: Estimate         # mean over attributes of hit * (1 - leak)
@@ -373,7 +374,7 @@ def pds(
     table = pd.DataFrame(per_attribute(hit, leak, everyone), index=list(CONTROLLED), columns=["pairs", "hit", "leak", "pds"]).astype({"pairs": int})
     return Pds(bootstrap(lambda rows: value(hit, leak, rows), len(edits), replicates, seed=seed), float(chance), table)
 
-# %% ../../nbs/15_pcg_metrics.ipynb #ee310767
+# %% ../../nbs/15_pcg_metrics.ipynb #1a1d9d6d
 FOLDS, ENOUGH = 3, 10   # of the cross-validation; recordings of a class, fewer are left out
 
 def information(
@@ -443,7 +444,7 @@ def dci(
     c = np.mean([1 - entropy(column / weight) for column, weight in zip(groups.T, columns) if weight > 0])
     return Dci(float(d), float(c), mean_known(scores), table)
 
-# %% ../../nbs/15_pcg_metrics.ipynb #5469b7fe
+# %% ../../nbs/15_pcg_metrics.ipynb #a62a9229
 LOW_BAND, MURMUR_BAND = (20.0, 90.0), (150.0, 500.0)   # Hz: where S1 and S2 are; where hardly anything but murmurs is (ours)
 LEAST_PEAK = 0.15          # autocorrelation below which there is no clear beat (ours)
 NEARLY = 0.90              # of the highest peak: an earlier one as high as this is the beat, the highest its double (ours)
@@ -504,7 +505,7 @@ def murmur_level_db(
     "Level of MURMUR_BAND, (n,) dB: murmurs of medium and high pitch, above the room's noise."
     return level_db(magnitude, MURMUR_BAND)
 
-# %% ../../nbs/15_pcg_metrics.ipynb #1d162735
+# %% ../../nbs/15_pcg_metrics.ipynb #50195039
 RATE_RANGE = (0.6, 1.8)    # of the usual rate at the age: what a heart at rest may do (ours, wider than the simulator's spread)
 SLOW_ENOUGH = 100.0        # beats per minute: below, systole is the shorter part
 LONGEST_PAUSE = 2.6        # periods without a sound (a premature beat's pause is about 1.4)
@@ -542,7 +543,7 @@ def plausibility(
         failed["systole"] = (rate < SLOW_ENOUGH) & (first >= 0.5)
     return (~failed.any(axis=1)).to_numpy().astype(int), failed
 
-# %% ../../nbs/15_pcg_metrics.ipynb #acec83eb
+# %% ../../nbs/15_pcg_metrics.ipynb #61a9ebe1
 QUIET = 1e-5   # of a recording's highest power: 50 dB down, below which a part counts as silent (ours)
 
 def component_error(
@@ -565,7 +566,7 @@ def component_error(
     there = np.broadcast_to((size[1] > 1e-9)[:, None], r.shape)
     return np.divide((r * there).sum(0), there.sum(0), out=np.full(r.shape[1:], np.nan), where=there.any(0))
 
-# %% ../../nbs/15_pcg_metrics.ipynb #c2334060
+# %% ../../nbs/15_pcg_metrics.ipynb #2777c0ff
 def mask_peak(
     mask_by_lag: np.ndarray,   # (lags,) mean of the mask over pairs of tokens so far apart; lag 0 first
     token_s: float = TOKEN_S,  # s of a token
@@ -616,7 +617,7 @@ def mask_lag_test(
     mixed[:, first:] = rng.permuted(mixed[:, first:], axis=1)
     return float(error), float((1 + (comb(mixed, period / token_s) >= seen - 1e-12).sum()) / (1 + shuffles))
 
-# %% ../../nbs/15_pcg_metrics.ipynb #4e69c2cd
+# %% ../../nbs/15_pcg_metrics.ipynb #6f14ce4b
 class ConditionNet(nn.Module):
     "A small classifier of the 17 conditions: three strided convolutions, mean and maximum, one linear layer (ours)."
 
@@ -644,7 +645,7 @@ class ConditionNet(nn.Module):
         "Mean cross-entropy."
         return F.cross_entropy(self(batch["x"]), batch["y"])
 
-# %% ../../nbs/15_pcg_metrics.ipynb #1404cbe3
+# %% ../../nbs/15_pcg_metrics.ipynb #8f8b726b
 STUDENT = FitConfig(steps=300, batch_size=32, lr=3e-3, ema=0.98, weight_decay=0.01)   # of `rare_gain`'s classifiers (ours)
 
 class RareGain(NamedTuple):
