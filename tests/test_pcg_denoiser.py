@@ -2,7 +2,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
 from medgen_nb.data import loader
 from medgen_nb.diffusion import sample
@@ -220,6 +220,8 @@ def test_trained_with_fit_it_learns(batch, kind):
 
 def test_sampling_through_diffusers(batch):
     model = stirred()
+    for other in (DDIMScheduler, DPMSolverMultistepScheduler):                    # diffusers forgets what was not given by name
+        assert other.from_config(model.scheduler.config).config.num_train_timesteps == 50
     c = model.condition(batch, told(7))
     draw = lambda seed: sample(lambda zt, t: model.predict(zt, t, c), DDIMScheduler.from_config(model.scheduler.config), (ROWS, NUMBERS, STEPS), 5, torch.Generator().manual_seed(seed))
     assert draw(0).shape == batch["z"].shape and torch.equal(draw(0), draw(0)) and not torch.equal(draw(0), draw(1))
