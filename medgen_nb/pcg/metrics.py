@@ -13,7 +13,7 @@ __all__ = ['RATE_BOUNDS', 'SNR_BOUNDS', 'GRADE_BOUNDS', 'JUDGED', 'SPACE_OF', 'C
            'plausibility', 'component_error', 'mask_peak', 'comb', 'mask_lag_test', 'ConditionNet', 'RareGain',
            'rare_gain']
 
-# %% ../../nbs/15_pcg_metrics.ipynb #aa9fe23a
+# %% ../../nbs/15_pcg_metrics.ipynb #a8fd1458
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -37,7 +37,7 @@ from .data import (CONDITION, FASTEST, FS, GRADES, HOP, N_FFT, PITCHES, QUALITIE
                                 PcgSet, Scale, rate_for, spectrogram, typed)
 from ..training import FitConfig, fit
 
-# %% ../../nbs/15_pcg_metrics.ipynb #e9999170
+# %% ../../nbs/15_pcg_metrics.ipynb #3cc2f89a
 RATE_BOUNDS, SNR_BOUNDS, GRADE_BOUNDS = (75, 110), (7, 14), (1, 3, 4)   # lower ends of the classes but the first: beats/min; dB; grade (ours)
 JUDGED = {"rate": ("slow", "usual", "fast"), "timing": ("none", *TIMINGS), "grade": ("none", "soft", "moderate", "loud"),
           "pitch": ("none", *PITCHES), "extra": ("none", "S3", "S4", "click", "snap"), "noise": ("noisy", "some", "quiet"),
@@ -61,7 +61,7 @@ def classes_of(
                          "noise": above(attributes["snr"].to_numpy(float), SNR_BOUNDS),
                          "condition": [condition.get(key, -1) for key in attributes["condition"]]}).astype(np.int64)
 
-# %% ../../nbs/15_pcg_metrics.ipynb #38f007ba
+# %% ../../nbs/15_pcg_metrics.ipynb #dfc618ee
 def recalls(
     right: np.ndarray,  # (n,) class numbers; -1: does not count
     said: np.ndarray,   # (n,)
@@ -83,7 +83,7 @@ def mean_known(values: Sequence[float]) -> float:
     values = np.asarray(values, dtype=float)
     return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
 
-# %% ../../nbs/15_pcg_metrics.ipynb #4fa2749a
+# %% ../../nbs/15_pcg_metrics.ipynb #20152e36
 GIVEN = ("condition", "site", "age", "sex", "rate", "timing", "shape", "grade", "pitch", "quality", "extra", "snr")   # what twins are told
 
 def wishes(
@@ -106,7 +106,7 @@ def scramble(
     return typed(attributes.assign(rate=np.exp(rng.uniform(*np.log((50, 170)), n)), snr=rng.uniform(*SNR, n), grade=np.where(hears, 1 + np.floor(most * rng.random(n)), 0.0),
                                    extra=choose(("", "", *JUDGED["extra"][1:])), **{name: np.where(hears, words, None) for name, words in murmur.items()}))
 
-# %% ../../nbs/15_pcg_metrics.ipynb #77a8d7f6
+# %% ../../nbs/15_pcg_metrics.ipynb #84d40568
 def token_states(
     states: np.ndarray,  # (n, seconds * STATE_FS) of `PcgSet.states`
 ) -> np.ndarray:
@@ -131,7 +131,7 @@ def probe_table(
     return {"x": torch.from_numpy(scale.as_input(spectrogram(sounds.waves))), "site": site_vector(sounds.attributes["site"]),
             "states": torch.from_numpy(token_states(sounds.states)), **{name: torch.tensor(classes[name].to_numpy()) for name in JUDGED}}
 
-# %% ../../nbs/15_pcg_metrics.ipynb #7e110824
+# %% ../../nbs/15_pcg_metrics.ipynb #3fac65eb
 GROUPS = 8   # of each group norm; divides every width
 
 class Listener(nn.Module):
@@ -168,7 +168,7 @@ class Listener(nn.Module):
         pooled = torch.cat([by_state.flatten(1), x.mean(2), x.amax(2), share.mean(2)], 1)      # (n, 6 width + 4)
         return F.silu(self.join(pooled)), states
 
-# %% ../../nbs/15_pcg_metrics.ipynb #3c55e0a2
+# %% ../../nbs/15_pcg_metrics.ipynb #c894e798
 def fitting(
     x: torch.Tensor,  # (n, 1, 52, 312)
 ) -> torch.Tensor:
@@ -177,7 +177,7 @@ def fitting(
         raise ValueError(f"the probe reads x (n, 1, 52, {TOKEN * TOKENS}), got {tuple(x.shape)}; give Scale.as_input of spectrograms of 5 s")
     return x
 
-# %% ../../nbs/15_pcg_metrics.ipynb #b73482e6
+# %% ../../nbs/15_pcg_metrics.ipynb #7349aae8
 class Probe(ModelMixin, ConfigMixin):
     "What is heard in a spectrogram: a `Listener`, then one head per attribute, which is told the site (ours)."
 
@@ -219,7 +219,7 @@ class Probe(ModelMixin, ConfigMixin):
         pairs = [(said[name] + getattr(self, f"prior_{name}"), batch[name]) for name in JUDGED] + [(said["states"], batch["states"] - 1)]
         return sum(F.cross_entropy(logits, right, ignore_index=-1) for logits, right in pairs if (right >= 0).any())
 
-# %% ../../nbs/15_pcg_metrics.ipynb #334c4059
+# %% ../../nbs/15_pcg_metrics.ipynb #7c74b12b
 ROWS = 128   # recordings at a time
 
 def as_tensor(
@@ -250,7 +250,7 @@ def hear(
     return (pd.DataFrame({name: torch.cat([part[name] for part in said]).argmax(1).numpy() for name in JUDGED}),
             torch.cat([part["states"] for part in said]).numpy())
 
-# %% ../../nbs/15_pcg_metrics.ipynb #77a97eb1
+# %% ../../nbs/15_pcg_metrics.ipynb #8747ddc3
 class FixedNet(nn.Module):
     "Random convolutions that nobody trained: a second opinion for distances, with no taste of its own (ours)."
 
@@ -260,7 +260,8 @@ class FixedNet(nn.Module):
     ):
         super().__init__()
         draw = torch.Generator().manual_seed(seed)
-        weight = lambda *shape: nn.Parameter(torch.randn(shape, generator=draw) * (2 / np.prod(shape[1:])) ** 0.5, requires_grad=False)
+        raw = lambda *shape: torch.randn(shape, generator=draw) * (2 / np.prod(shape[1:])) ** 0.5
+        weight = lambda *shape: nn.Parameter((w := raw(*shape)) - w.flatten(1).mean(1).reshape(-1, *[1] * (len(shape) - 1)), requires_grad=False)   # mean 0: edges count, not the level
         self.first, self.second, self.last = weight(24, 1, 8, 8), weight(48, 24, 3, 3), weight(48, 96)
 
     def embed(
@@ -290,7 +291,7 @@ def fad_floor(
     one, other = floor_halves(len(features), seed)
     return frechet_distance(features[one], features[other])
 
-# %% ../../nbs/15_pcg_metrics.ipynb #0799c83b
+# %% ../../nbs/15_pcg_metrics.ipynb #f9535aff
 class Fidelity(NamedTuple):
     "Does it sound as it was asked for? All 0...1."
     cf: Estimate                      # mean over CONTROLLED
@@ -321,7 +322,7 @@ def condition_fidelity(
                          "heard most": [JUDGED["condition"][count.argmax()] if count.any() else "" for count in heard]}, index=list(CONDITION))
     return Fidelity(cf, attributes["condition"], attributes, rows)
 
-# %% ../../nbs/15_pcg_metrics.ipynb #4ece7a80
+# %% ../../nbs/15_pcg_metrics.ipynb #f4a6a6b5
 DOSES = {"rate": (60.0, 90.0, 130.0), "grade": (0.0, 2.0, 3.0, 5.0), "noise": (3.0, 10.0, 18.0)}   # what an edit sets for each class (ours): inside it
 COLUMN = {"noise": "snr"}   # attribute -> column, where the names differ
 
@@ -355,7 +356,7 @@ def plan_edits(
             edits.append((row, name, k))
     return typed(pd.DataFrame(before)), typed(pd.DataFrame(after)), pd.DataFrame(edits, columns=["row", "attribute", "wanted"])
 
-# %% ../../nbs/15_pcg_metrics.ipynb #e2169c3c
+# %% ../../nbs/15_pcg_metrics.ipynb #c4c24c35
 class Pds(NamedTuple):
     "Does an edit change what it should, and nothing else? All 0...1."
     pds: Estimate         # mean over attributes of hit * (1 - leak)
@@ -397,7 +398,7 @@ def pds(
     table = pd.DataFrame(per_attribute(hit, leak, everyone), index=list(CONTROLLED), columns=["pairs", "hit", "leak", "pds"]).astype({"pairs": int})
     return Pds(bootstrap(lambda rows: value(hit, leak, rows), len(edits), replicates, seed=seed), float(chance), table)
 
-# %% ../../nbs/15_pcg_metrics.ipynb #265000d0
+# %% ../../nbs/15_pcg_metrics.ipynb #f8bc7fd9
 FOLDS, ENOUGH = 3, 10   # of the cross-validation; recordings of a class, fewer are left out
 
 def information(
@@ -437,7 +438,7 @@ def mig(
     right = [table.loc[SPACE_OF[name], name] - table[name].drop(SPACE_OF[name]).max() for name in CONTROLLED]
     return Mig(mean_known(top[-1] - top[-2]), mean_known(right), table)
 
-# %% ../../nbs/15_pcg_metrics.ipynb #5e571e95
+# %% ../../nbs/15_pcg_metrics.ipynb #40cb31a4
 class Dci(NamedTuple):
     "Eastwood & Williams 2018, for sub-spaces; all 0...1."
     disentanglement: float    # a sub-space serves one group of attributes
@@ -468,7 +469,7 @@ def dci(
     c = np.mean([1 - entropy(column / weight) for column, weight in zip(groups.T, columns) if weight > 0])
     return Dci(float(d), float(c), mean_known(scores), table)
 
-# %% ../../nbs/15_pcg_metrics.ipynb #cadef8f4
+# %% ../../nbs/15_pcg_metrics.ipynb #33a03688
 LOW_BAND, MURMUR_BAND = (20.0, 90.0), (150.0, 500.0)   # Hz: where S1 and S2 are; where hardly anything but murmurs is (ours)
 LEAST_PEAK = 0.15          # autocorrelation below which there is no clear beat (ours)
 LOUDEST, TINY = 0.1, 1e-12 # share of the frames in which S1 and S2 are loudest (ours); power of silence, so that its level is finite
@@ -505,7 +506,7 @@ def beat_period(
     shift = np.where(curve < 0, 0.5 * (left - right) / np.where(curve < 0, curve, 1), 0)    # top of the parabola through three lags
     return np.where(clear, (best + shift) * HOP / FS, np.nan)
 
-# %% ../../nbs/15_pcg_metrics.ipynb #5e8a025e
+# %% ../../nbs/15_pcg_metrics.ipynb #a5f3720a
 def rate_of(
     magnitude: np.ndarray,  # (n, 52, frames)
 ) -> np.ndarray:
@@ -525,7 +526,7 @@ def murmur_level_db(
     "Level of MURMUR_BAND over the recording, (n,) dB: murmurs of medium and high pitch, above the room's noise."
     return 10 * np.log10(np.maximum(band_power(magnitude, MURMUR_BAND).mean(1), TINY))
 
-# %% ../../nbs/15_pcg_metrics.ipynb #3fa00e70
+# %% ../../nbs/15_pcg_metrics.ipynb #95cf8508
 RATE_RANGE = (0.6, 1.8)    # of the usual rate at the age: what a heart at rest may do (ours, wider than the simulator's spread)
 SLOW_ENOUGH = 100.0        # beats per minute: below, systole is the shorter part
 LONGEST_PAUSE = 2.6        # periods without a sound (a premature beat's pause is about 1.4)
@@ -563,7 +564,7 @@ def plausibility(
         failed["systole"] = (rate < SLOW_ENOUGH) & (first >= 0.5)
     return (~failed.any(axis=1)).to_numpy().astype(int), failed
 
-# %% ../../nbs/15_pcg_metrics.ipynb #9bf72221
+# %% ../../nbs/15_pcg_metrics.ipynb #41e19556
 QUIET = 1e-5   # of a recording's highest power: 50 dB down, below which a part counts as silent (ours)
 
 def component_error(
@@ -586,7 +587,7 @@ def component_error(
     there = np.broadcast_to((size[1] > 1e-9)[:, None], r.shape)
     return np.divide((r * there).sum(0), there.sum(0), out=np.full(r.shape[1:], np.nan), where=there.any(0))
 
-# %% ../../nbs/15_pcg_metrics.ipynb #28bc1df7
+# %% ../../nbs/15_pcg_metrics.ipynb #ec3d3850
 def mask_peak(
     mask_by_lag: np.ndarray,   # (lags,) mean of the mask over pairs of tokens so far apart; lag 0 first
     token_s: float = TOKEN_S,  # s of a token
@@ -605,7 +606,7 @@ def mask_peak(
     curve = left - 2 * mid + right
     return float((best + (0.5 * (left - right) / curve if curve < 0 else 0)) * token_s)
 
-# %% ../../nbs/15_pcg_metrics.ipynb #9ae312a2
+# %% ../../nbs/15_pcg_metrics.ipynb #1c573ee0
 def comb(
     mask: np.ndarray,  # (..., lags)
     period: float,     # tokens
@@ -639,7 +640,7 @@ def mask_lag_test(
     mixed[:, first:] = rng.permuted(mixed[:, first:], axis=1)
     return float(error), float((1 + (comb(mixed, period / token_s) >= seen - 1e-12).sum()) / (1 + shuffles))
 
-# %% ../../nbs/15_pcg_metrics.ipynb #b921295a
+# %% ../../nbs/15_pcg_metrics.ipynb #2ac582e0
 class ConditionNet(nn.Module):
     "A small classifier of the 17 conditions: three strided convolutions, mean and maximum, one linear layer (ours)."
 
@@ -676,7 +677,7 @@ class RareGain(NamedTuple):
     gain: Estimate   # both - real on the same test recordings
     chance: float    # 1 / 17
 
-# %% ../../nbs/15_pcg_metrics.ipynb #6740496a
+# %% ../../nbs/15_pcg_metrics.ipynb #d6916b0a
 def rare_gain(
     real_x: torch.Tensor | np.ndarray,       # (n, 1, 52, 312)
     real_y: np.ndarray,                      # (n,) numbers of conditions
