@@ -35,6 +35,7 @@ from medgen_nb.pcg.metrics import (
     rate_of,
     recalls,
     s1s2_level,
+    scramble,
     site_vector,
     token_states,
     wishes,
@@ -219,6 +220,23 @@ def test_pds_by_hand():
     assert pds(Oracle(classes), numbered(range(4)), numbered(range(4, 8)), torch.zeros(4, 4), murmur, replicates=20).pds.value == 1
     with pytest.raises(ValueError, match="attributes"):
         pds(Oracle(classes), numbered(range(4)), numbered(range(4, 8)), torch.zeros(4, 4), murmur.assign(attribute="shape"))
+
+
+def test_scramble_parts_company_and_renders(sounds):
+    frame = scramble(sounds.attributes, seed=2)
+    assert frame["site"].equals(sounds.attributes["site"]) and not frame["rate"].equals(sounds.attributes["rate"])
+    assert frame.equals(scramble(sounds.attributes, seed=2)) and frame["grade"].max() > 4
+    heard = simulate_sounds(len(frame), seed=4, given=wishes(frame))
+    assert (classes_of(heard.attributes)[["timing", "grade", "pitch", "extra", "noise"]] == classes_of(frame)[["timing", "grade", "pitch", "extra", "noise"]]).all(axis=None)
+
+
+def test_one_lucky_peak_is_no_rhythm():
+    found = []
+    for k in range(20):
+        mask = 0.3 * np.random.default_rng(k).normal(size=78)
+        mask[14] += 2
+        found.append(mask_lag_test(mask, 0.9, shuffles=199)[1])
+    assert np.mean(np.array(found) < 0.05) <= 0.25 and np.median(found) > 0.05
 
 
 # ---------------------------------------------------------------- latents
