@@ -7,7 +7,7 @@ __all__ = ['RATE_BOUNDS', 'SNR_BOUNDS', 'GRADE_BOUNDS', 'JUDGED', 'SPACE_OF', 'C
            'TAPS', 'SLOW', 'ROWS', 'HIDDEN', 'classes_of', 'token_states', 'TimeBlock', 'Detectors', 'slices_of',
            'Reader', 'unroll', 'Writer', 'decorrelation', 'Heads', 'disentangle', 'halved', 'MsVae', 'swap', 'parts']
 
-# %% ../../nbs/11_pcg_vae.ipynb #c9129296
+# %% ../../nbs/11_pcg_vae.ipynb #3056c54f
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -18,11 +18,11 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-# %% ../../nbs/11_pcg_vae.ipynb #c36b44b3
+# %% ../../nbs/11_pcg_vae.ipynb #4290ecc6
 from ..autoencoder import ConvBlock, Encoder, Gaussian, LatentScale, ThroughLatent, group_norm
 from .data import BINS, CONDITION, FS, HOP, PITCHES, STATE_FS, TIMINGS, TRACKS, Scale
 
-# %% ../../nbs/11_pcg_vae.ipynb #e4f2e449
+# %% ../../nbs/11_pcg_vae.ipynb #78683c32
 RATE_BOUNDS, SNR_BOUNDS, GRADE_BOUNDS = (75, 110), (7, 14), (1, 3, 4)   # lower ends of the classes but the first: beats/min; dB; grade (ours)
 JUDGED = {"rate": ("slow", "usual", "fast"), "timing": ("none", *TIMINGS), "grade": ("none", "soft", "moderate", "loud"),
           "pitch": ("none", *PITCHES), "extra": ("none", "S3", "S4", "click", "snap"), "noise": ("noisy", "some", "quiet"),
@@ -33,7 +33,7 @@ HEARD = {name: space for name, space in SPACE_OF.items() if space != "rhythm"}  
 TOKEN = 4                                # frames of one latent token
 TOKEN_S, TOKENS = TOKEN * HOP / FS, 78   # 64 ms; in the 312 frames of 5 s
 
-# %% ../../nbs/11_pcg_vae.ipynb #5943ad29
+# %% ../../nbs/11_pcg_vae.ipynb #a6c1ea02
 def classes_of(
     attributes: pd.DataFrame,  # columns ATTRIBUTES; None or nan: unknown
 ) -> pd.DataFrame:
@@ -48,7 +48,7 @@ def classes_of(
                          "noise": above(attributes["snr"].to_numpy(float), SNR_BOUNDS),
                          "condition": [condition.get(key, -1) for key in attributes["condition"]]}).astype(np.int64)
 
-# %% ../../nbs/11_pcg_vae.ipynb #0099614a
+# %% ../../nbs/11_pcg_vae.ipynb #b37af002
 def token_states(
     states: np.ndarray,  # (n, seconds * STATE_FS) of `PcgSet.states`
 ) -> np.ndarray:
@@ -58,7 +58,7 @@ def token_states(
     counts = np.stack([(states == k).astype(np.float32) @ (token[:, None] == np.arange(TOKENS)).astype(np.float32) for k in range(5)], axis=2)
     return counts.argmax(2)
 
-# %% ../../nbs/11_pcg_vae.ipynb #4eca68ea
+# %% ../../nbs/11_pcg_vae.ipynb #b0a8480f
 class TimeBlock(nn.Module):
     "Norm, SiLU, convolution along time, twice, added to what came in: `ConvBlock` in one dimension."
 
@@ -78,7 +78,7 @@ class TimeBlock(nn.Module):
         "h plus what the branch makes of it."
         return h + self.branch(h)
 
-# %% ../../nbs/11_pcg_vae.ipynb #ce5237bd
+# %% ../../nbs/11_pcg_vae.ipynb #b5f47cc0
 TAPS = 5   # tokens that a convolution along time sees: 0.32 s, S1 and the S2 after it (ours)
 
 
@@ -123,7 +123,7 @@ class Detectors(ModelMixin, ConfigMixin):
         parts = [self(part.to(self.device)) for part in x.split(chunk)]
         return {f"heard_{name}": torch.cat([part[name] for part in parts]).softmax(1).to(x.device) for name in parts[0]}
 
-# %% ../../nbs/11_pcg_vae.ipynb #6200c011
+# %% ../../nbs/11_pcg_vae.ipynb #e7b92e8f
 SLOW = 13              # tokens of a slow step: 0.83 s, about a beat; six of them make 5 s (ours)
 ROWS = BINS // TOKEN   # rows of the picture after the encoder's first level
 
@@ -137,7 +137,7 @@ def slices_of(
     edges = np.cumsum([0, channels[0] * SLOW, *channels[1:]]).tolist()
     return {name: slice(*ends) for name, *ends in zip(TRACKS, edges, edges[1:])}
 
-# %% ../../nbs/11_pcg_vae.ipynb #1b4a5ccd
+# %% ../../nbs/11_pcg_vae.ipynb #1fb58611
 class Reader(nn.Module):
     "Spectrogram -> law of the latent, at two speeds (multi-scale: sec. III.B; how is not said, this is ours)."
 
@@ -167,7 +167,7 @@ class Reader(nn.Module):
         slow = self.slow(F.avg_pool1d(h, SLOW)).chunk(2, 1)                                                   # (b, numbers of the others, steps)
         return Gaussian(*(torch.cat(pair, 1).to(x.dtype) for pair in zip(fast, slow)))                        # under bf16 autocast nats are still summed in float32
 
-# %% ../../nbs/11_pcg_vae.ipynb #c824e9c6
+# %% ../../nbs/11_pcg_vae.ipynb #41ce42ea
 def unroll(
     z: torch.Tensor,              # (b, numbers, steps)
     slices: Mapping[str, slice],  # sub-space -> its numbers
@@ -179,7 +179,7 @@ def unroll(
     rhythm = z[:, :first].unflatten(1, (-1, SLOW)).transpose(2, 3).flatten(2)   # (b, channels of rhythm, tokens)
     return torch.cat([rhythm, z[:, first:].repeat_interleave(SLOW, 2)], 1)
 
-# %% ../../nbs/11_pcg_vae.ipynb #33f7d2f1
+# %% ../../nbs/11_pcg_vae.ipynb #8f1db226
 class Writer(nn.Module):
     "Latent, token by token -> spectrogram: the reader's mirror image."
 
@@ -205,7 +205,7 @@ class Writer(nn.Module):
         h = self.unfold(self.down(self.read(h)))              # (b, picture * ROWS, tokens)
         return self.decoder(h.unflatten(1, (-1, ROWS)))       # (b, 1, BINS, frames)
 
-# %% ../../nbs/11_pcg_vae.ipynb #f995ea25
+# %% ../../nbs/11_pcg_vae.ipynb #fbe13fc3
 def decorrelation(
     z: torch.Tensor,              # (b, numbers, steps)
     slices: Mapping[str, slice],  # sub-space -> its numbers
@@ -218,7 +218,7 @@ def decorrelation(
     blocks = [corr[slices[a], slices[b]].square().mean() for i, a in enumerate(names) for b in names[:i]]
     return torch.stack(blocks).mean()
 
-# %% ../../nbs/11_pcg_vae.ipynb #d2e8e29c
+# %% ../../nbs/11_pcg_vae.ipynb #76ec1a47
 HIDDEN = (32, 64)   # channels and features inside a head: small, so that the sub-space itself must say it (ours)
 
 
@@ -246,7 +246,7 @@ class Heads(nn.Module):
         seen = {name: torch.cat([z[:, part].mean(2), z[:, part].amax(2)], 1) for name, part in self.slices.items()}
         return {"states": self.states(rhythm)} | {name: head(seen[HEARD[name]]) for name, head in self.heads.items()}
 
-# %% ../../nbs/11_pcg_vae.ipynb #88fa1fdf
+# %% ../../nbs/11_pcg_vae.ipynb #572af29f
 def disentangle(
     said: Mapping[str, torch.Tensor],   # logits of `MsVae.told`
     z: torch.Tensor,                    # (b, numbers, steps)
@@ -259,7 +259,7 @@ def disentangle(
         raise ValueError(f"a batch without {', '.join(missing)} cannot teach the sub-spaces their names; add Detectors.answers(x), or take delta = 0")
     return decorrelation(z, slices) + sum(F.cross_entropy(logits, batch[f"heard_{name}"]) for name, logits in said.items())
 
-# %% ../../nbs/11_pcg_vae.ipynb #fd474d95
+# %% ../../nbs/11_pcg_vae.ipynb #7c83f723
 def halved(
     batch: Mapping[str, torch.Tensor],  # x (b, 1, BINS, frames), and perhaps heard_states (b, 4, tokens)
 ) -> dict[str, torch.Tensor]:           # the same of half as many slow steps, at least one
@@ -272,7 +272,7 @@ def halved(
         cut["heard_states"] = batch["heard_states"][..., start : start + kept * SLOW]
     return {**batch, **cut}
 
-# %% ../../nbs/11_pcg_vae.ipynb #9a58f185
+# %% ../../nbs/11_pcg_vae.ipynb #362e8d05
 class MsVae(ThroughLatent, ModelMixin, ConfigMixin):
     "Spectrogram -> latent z = [rhythm, S1/S2, murmur, noise] -> spectrogram (sec. III.B; sizes ours). Raises `ValueError` as its parts do. `slices`: sub-space -> its numbers."
 
@@ -319,7 +319,7 @@ class MsVae(ThroughLatent, ModelMixin, ConfigMixin):
         error = (self.decode(z) - batch["x"]).abs().mean() + self.config.beta * q.kl().mean() / batch["x"][0].numel()
         return error + self.config.delta * disentangle(self.told(z), z, self.slices, batch) if self.config.delta else error
 
-# %% ../../nbs/11_pcg_vae.ipynb #41b89b10
+# %% ../../nbs/11_pcg_vae.ipynb #89255915
 def swap(
     z: torch.Tensor,              # (b, numbers, steps)
     other: torch.Tensor,          # like z, or (1, numbers, steps)
@@ -333,7 +333,7 @@ def swap(
     mixed[:, slices[space]] = other[:, slices[space]]
     return mixed
 
-# %% ../../nbs/11_pcg_vae.ipynb #a470dee4
+# %% ../../nbs/11_pcg_vae.ipynb #4269172b
 @torch.no_grad()
 def parts(
     vae: MsVae,
