@@ -40,11 +40,11 @@ class DataConfig:
 @dataclass(frozen=True)
 class VaeConfig:
     "Detectors and autoencoder (notebook 11)."
-    channels: tuple[int, int, int, int] = (2, 12, 12, 6)   # numbers of rhythm (per 64 ms), S1/S2, murmur, noise (per 0.83 s)
+    channels: tuple[int, int, int, int] = (1, 12, 12, 6)   # numbers of rhythm (per 64 ms; with two, rhythm takes the murmur along: notebook 11), S1/S2, murmur, noise (per 0.83 s)
     picture: int = 32         # channels of the two-dimensional part
     width: int = 128          # channels along time
     blocks: int = 2           # blocks along time, each way
-    beta: float = 1e-2        # price of a nat of KL, per pixel
+    beta: float = 3e-2        # price of a nat of KL, per pixel
     delta: float = 0.1        # weight of the disentanglement loss; 0.1 is the one value that the summary names
     detector: int = 96        # channels of the detectors
 
@@ -145,8 +145,8 @@ ABLATIONS = {
     "delta-0": Ablation(LEAN | {"vae.delta": 0.0}, "P1, P2: no disentanglement loss"),
     "delta-0.03": Ablation(LEAN | {"vae.delta": 0.03}, "P1: a third of it"),
     "delta-0.3": Ablation(LEAN | {"vae.delta": 0.3}, "P1: three times as much"),
-    "beta-low": Ablation(LEAN | {"vae.beta": 1e-3}, "P1: a tenth of the price of a nat"),
-    "beta-high": Ablation(LEAN | {"vae.beta": 1e-1}, "P1: ten times the price of a nat"),
+    "beta-low": Ablation(LEAN | {"vae.beta": 3e-3}, "P1: a tenth of the price of a nat"),
+    "beta-high": Ablation(LEAN | {"vae.beta": 0.3}, "P1: ten times the price of a nat"),
     "no-mask": Ablation(LEAN | {"denoiser.mask": False}, "P4: plain attention"),
     "cohort": Ablation(LEAN | {"data.rates": (60.0, 80.0)}, "P4: hearts of 60 to 80 beats per minute: does the mask show the beat?"),
     "single-stage": Ablation(LEAN | {"curriculum": False}, "P5: all levels at once for as many steps"),
