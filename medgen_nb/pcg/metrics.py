@@ -13,7 +13,7 @@ __all__ = ['RATE_BOUNDS', 'SNR_BOUNDS', 'GRADE_BOUNDS', 'JUDGED', 'SPACE_OF', 'C
            'plausibility', 'component_error', 'mask_peak', 'comb', 'mask_lag_test', 'ConditionNet', 'RareGain',
            'rare_gain']
 
-# %% ../../nbs/15_pcg_metrics.ipynb #45dd9400
+# %% ../../nbs/15_pcg_metrics.ipynb #dff6f0a2
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -37,7 +37,7 @@ from .data import (CONDITION, FASTEST, FS, GRADES, HOP, N_FFT, PITCHES, QUALITIE
                                 PcgSet, Scale, rate_for, spectrogram, typed)
 from ..training import FitConfig, fit
 
-# %% ../../nbs/15_pcg_metrics.ipynb #c266f16a
+# %% ../../nbs/15_pcg_metrics.ipynb #958fffd2
 RATE_BOUNDS, SNR_BOUNDS, GRADE_BOUNDS = (75, 110), (7, 14), (1, 3, 4)   # lower ends of the classes but the first: beats/min; dB; grade (ours)
 JUDGED = {"rate": ("slow", "usual", "fast"), "timing": ("none", *TIMINGS), "grade": ("none", "soft", "moderate", "loud"),
           "pitch": ("none", *PITCHES), "extra": ("none", "S3", "S4", "click", "snap"), "noise": ("noisy", "some", "quiet"),
@@ -61,7 +61,7 @@ def classes_of(
                          "noise": above(attributes["snr"].to_numpy(float), SNR_BOUNDS),
                          "condition": [condition.get(key, -1) for key in attributes["condition"]]}).astype(np.int64)
 
-# %% ../../nbs/15_pcg_metrics.ipynb #44f9353e
+# %% ../../nbs/15_pcg_metrics.ipynb #ed2074bd
 def recalls(
     right: np.ndarray,  # (n,) class numbers; -1: does not count
     said: np.ndarray,   # (n,)
@@ -83,7 +83,7 @@ def mean_known(values: Sequence[float]) -> float:
     values = np.asarray(values, dtype=float)
     return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
 
-# %% ../../nbs/15_pcg_metrics.ipynb #e008670a
+# %% ../../nbs/15_pcg_metrics.ipynb #805a7771
 GIVEN = ("condition", "site", "age", "sex", "rate", "timing", "shape", "grade", "pitch", "quality", "extra", "snr")   # what twins are told
 
 def wishes(
@@ -106,7 +106,7 @@ def scramble(
     return typed(attributes.assign(rate=np.exp(rng.uniform(*np.log((50, 170)), n)), snr=rng.uniform(*SNR, n), grade=np.where(hears, 1 + np.floor(most * rng.random(n)), 0.0),
                                    extra=choose(("", "", *JUDGED["extra"][1:])), **{name: np.where(hears, words, None) for name, words in murmur.items()}))
 
-# %% ../../nbs/15_pcg_metrics.ipynb #2bc91198
+# %% ../../nbs/15_pcg_metrics.ipynb #02a94cbd
 def token_states(
     states: np.ndarray,  # (n, seconds * STATE_FS) of `PcgSet.states`
 ) -> np.ndarray:
@@ -131,7 +131,7 @@ def probe_table(
     return {"x": torch.from_numpy(scale.as_input(spectrogram(sounds.waves))), "site": site_vector(sounds.attributes["site"]),
             "states": torch.from_numpy(token_states(sounds.states)), **{name: torch.tensor(classes[name].to_numpy()) for name in JUDGED}}
 
-# %% ../../nbs/15_pcg_metrics.ipynb #73454809
+# %% ../../nbs/15_pcg_metrics.ipynb #c1efbfa4
 GROUPS = 8   # of each group norm; divides every width
 
 class Listener(nn.Module):
@@ -168,7 +168,7 @@ class Listener(nn.Module):
         pooled = torch.cat([by_state.flatten(1), x.mean(2), x.amax(2), share.mean(2)], 1)      # (n, 6 width + 4)
         return F.silu(self.join(pooled)), states
 
-# %% ../../nbs/15_pcg_metrics.ipynb #64078f04
+# %% ../../nbs/15_pcg_metrics.ipynb #7abd7eeb
 def fitting(
     x: torch.Tensor,  # (n, 1, 52, 312)
 ) -> torch.Tensor:
@@ -177,7 +177,7 @@ def fitting(
         raise ValueError(f"the probe reads x (n, 1, 52, {TOKEN * TOKENS}), got {tuple(x.shape)}; give Scale.as_input of spectrograms of 5 s")
     return x
 
-# %% ../../nbs/15_pcg_metrics.ipynb #e140db61
+# %% ../../nbs/15_pcg_metrics.ipynb #343d9782
 class Probe(ModelMixin, ConfigMixin):
     "What is heard in a spectrogram: a `Listener`, then one head per attribute, which is told the site (ours)."
 
@@ -219,7 +219,7 @@ class Probe(ModelMixin, ConfigMixin):
         pairs = [(said[name] + getattr(self, f"prior_{name}"), batch[name]) for name in JUDGED] + [(said["states"], batch["states"] - 1)]
         return sum(F.cross_entropy(logits, right, ignore_index=-1) for logits, right in pairs if (right >= 0).any())
 
-# %% ../../nbs/15_pcg_metrics.ipynb #ff68af69
+# %% ../../nbs/15_pcg_metrics.ipynb #84cee9c1
 ROWS = 128   # recordings at a time
 
 def as_tensor(
@@ -250,7 +250,7 @@ def hear(
     return (pd.DataFrame({name: torch.cat([part[name] for part in said]).argmax(1).numpy() for name in JUDGED}),
             torch.cat([part["states"] for part in said]).numpy())
 
-# %% ../../nbs/15_pcg_metrics.ipynb #99667800
+# %% ../../nbs/15_pcg_metrics.ipynb #d82a2a4f
 class FixedNet(nn.Module):
     "Random convolutions that nobody trained: a second opinion for distances, with no taste of its own (ours)."
 
@@ -291,7 +291,7 @@ def fad_floor(
     one, other = floor_halves(len(features), seed)
     return frechet_distance(features[one], features[other])
 
-# %% ../../nbs/15_pcg_metrics.ipynb #79791b04
+# %% ../../nbs/15_pcg_metrics.ipynb #6c4e57cb
 class Fidelity(NamedTuple):
     "Does it sound as it was asked for? All 0...1."
     cf: Estimate                      # mean over CONTROLLED
@@ -322,7 +322,7 @@ def condition_fidelity(
                          "heard most": [JUDGED["condition"][count.argmax()] if count.any() else "" for count in heard]}, index=list(CONDITION))
     return Fidelity(cf, attributes["condition"], attributes, rows)
 
-# %% ../../nbs/15_pcg_metrics.ipynb #f943c49a
+# %% ../../nbs/15_pcg_metrics.ipynb #4a7a41ed
 DOSES = {"rate": (60.0, 90.0, 130.0), "grade": (0.0, 2.0, 3.0, 5.0), "noise": (3.0, 10.0, 18.0)}   # what an edit sets for each class (ours): inside it
 COLUMN = {"noise": "snr"}   # attribute -> column, where the names differ
 
@@ -356,7 +356,7 @@ def plan_edits(
             edits.append((row, name, k))
     return typed(pd.DataFrame(before)), typed(pd.DataFrame(after)), pd.DataFrame(edits, columns=["row", "attribute", "wanted"])
 
-# %% ../../nbs/15_pcg_metrics.ipynb #dda3c611
+# %% ../../nbs/15_pcg_metrics.ipynb #39fd363d
 class Pds(NamedTuple):
     "Does an edit change what it should, and nothing else? All 0...1."
     pds: Estimate         # mean over attributes of hit * (1 - leak)
@@ -398,7 +398,7 @@ def pds(
     table = pd.DataFrame(per_attribute(hit, leak, everyone), index=list(CONTROLLED), columns=["pairs", "hit", "leak", "pds"]).astype({"pairs": int})
     return Pds(bootstrap(lambda rows: value(hit, leak, rows), len(edits), replicates, seed=seed), float(chance), table)
 
-# %% ../../nbs/15_pcg_metrics.ipynb #d55b99e1
+# %% ../../nbs/15_pcg_metrics.ipynb #317ca479
 FOLDS, ENOUGH = 3, 10   # of the cross-validation; recordings of a class, fewer are left out
 
 def information(
@@ -438,7 +438,7 @@ def mig(
     right = [table.loc[SPACE_OF[name], name] - table[name].drop(SPACE_OF[name]).max() for name in CONTROLLED]
     return Mig(mean_known(top[-1] - top[-2]), mean_known(right), table)
 
-# %% ../../nbs/15_pcg_metrics.ipynb #b091e991
+# %% ../../nbs/15_pcg_metrics.ipynb #bbd0ba65
 class Dci(NamedTuple):
     "Eastwood & Williams 2018, for sub-spaces; all 0...1."
     disentanglement: float    # a sub-space serves one group of attributes
@@ -469,7 +469,7 @@ def dci(
     c = np.mean([1 - entropy(column / weight) for column, weight in zip(groups.T, columns) if weight > 0])
     return Dci(float(d), float(c), mean_known(scores), table)
 
-# %% ../../nbs/15_pcg_metrics.ipynb #44232f04
+# %% ../../nbs/15_pcg_metrics.ipynb #fbece5e9
 LOW_BAND, MURMUR_BAND = (20.0, 90.0), (150.0, 500.0)   # Hz: where S1 and S2 are; where hardly anything but murmurs is (ours)
 LEAST_PEAK = 0.15          # autocorrelation below which there is no clear beat (ours)
 LOUDEST, TINY = 0.1, 1e-12 # share of the frames in which S1 and S2 are loudest (ours); power of silence, so that its level is finite
@@ -506,7 +506,7 @@ def beat_period(
     shift = np.where(curve < 0, 0.5 * (left - right) / np.where(curve < 0, curve, 1), 0)    # top of the parabola through three lags
     return np.where(clear, (best + shift) * HOP / FS, np.nan)
 
-# %% ../../nbs/15_pcg_metrics.ipynb #e7a31ded
+# %% ../../nbs/15_pcg_metrics.ipynb #8994a4ac
 def rate_of(
     magnitude: np.ndarray,  # (n, 52, frames)
 ) -> np.ndarray:
@@ -526,7 +526,7 @@ def murmur_level_db(
     "Level of MURMUR_BAND over the recording, (n,) dB: murmurs of medium and high pitch, above the room's noise."
     return 10 * np.log10(np.maximum(band_power(magnitude, MURMUR_BAND).mean(1), TINY))
 
-# %% ../../nbs/15_pcg_metrics.ipynb #7ff8f8c5
+# %% ../../nbs/15_pcg_metrics.ipynb #854062f7
 RATE_RANGE = (0.6, 1.8)    # of the usual rate at the age: what a heart at rest may do (ours, wider than the simulator's spread)
 SLOW_ENOUGH = 100.0        # beats per minute: below, systole is the shorter part
 LONGEST_PAUSE = 2.6        # periods without a sound (a premature beat's pause is about 1.4)
@@ -564,7 +564,7 @@ def plausibility(
         failed["systole"] = (rate < SLOW_ENOUGH) & (first >= 0.5)
     return (~failed.any(axis=1)).to_numpy().astype(int), failed
 
-# %% ../../nbs/15_pcg_metrics.ipynb #f8dcdfdd
+# %% ../../nbs/15_pcg_metrics.ipynb #af5c5045
 QUIET = 1e-5   # of a recording's highest power: 50 dB down, below which a part counts as silent (ours)
 
 def component_error(
@@ -587,7 +587,7 @@ def component_error(
     there = np.broadcast_to((size[1] > 1e-9)[:, None], r.shape)
     return np.divide((r * there).sum(0), there.sum(0), out=np.full(r.shape[1:], np.nan), where=there.any(0))
 
-# %% ../../nbs/15_pcg_metrics.ipynb #8a86ec06
+# %% ../../nbs/15_pcg_metrics.ipynb #2f4d295e
 def mask_peak(
     mask_by_lag: np.ndarray,   # (lags,) mean of the mask over pairs of tokens so far apart; lag 0 first
     token_s: float = TOKEN_S,  # s of a token
@@ -606,7 +606,7 @@ def mask_peak(
     curve = left - 2 * mid + right
     return float((best + (0.5 * (left - right) / curve if curve < 0 else 0)) * token_s)
 
-# %% ../../nbs/15_pcg_metrics.ipynb #a29d8a89
+# %% ../../nbs/15_pcg_metrics.ipynb #4cb4ba78
 def comb(
     mask: np.ndarray,  # (..., lags)
     period: float,     # tokens
@@ -640,7 +640,7 @@ def mask_lag_test(
     mixed[:, first:] = rng.permuted(mixed[:, first:], axis=1)
     return float(error), float((1 + (comb(mixed, period / token_s) >= seen - 1e-12).sum()) / (1 + shuffles))
 
-# %% ../../nbs/15_pcg_metrics.ipynb #b71d7e3f
+# %% ../../nbs/15_pcg_metrics.ipynb #cfcf8840
 class ConditionNet(nn.Module):
     "A small classifier of the 17 conditions: three strided convolutions, mean and maximum, one linear layer (ours)."
 
@@ -677,7 +677,7 @@ class RareGain(NamedTuple):
     gain: Estimate   # both - real on the same test recordings
     chance: float    # 1 / 17
 
-# %% ../../nbs/15_pcg_metrics.ipynb #47a4f0a1
+# %% ../../nbs/15_pcg_metrics.ipynb #b15a1443
 def rare_gain(
     real_x: torch.Tensor | np.ndarray,       # (n, 1, 52, 312)
     real_y: np.ndarray,                      # (n,) numbers of conditions

@@ -17,7 +17,7 @@ import pandas as pd
 from ..data import Split, split_by_patient
 from ..experiments import Ablation, Reader, override
 from .data import CONDITION, FS, PcgSet, check_circor, prepare, read_circor, simulate_sounds
-from .metrics import STUDENT
+from .metrics import STUDENT, scramble, wishes
 from .pipeline import GUIDANCE, STEPS, HLDMPipeline
 from .vae import classes_of
 from ..training import FitConfig
@@ -107,7 +107,7 @@ class Config:
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     curriculum: bool = True   # coarse to fine; False: everything at once
-    probe_fit: FitConfig = field(default_factory=lambda: FitConfig(steps=700, batch_size=32, lr=3e-3, warmup=50, weight_decay=0.01, ema=0.99, save_every=100))
+    probe_fit: FitConfig = field(default_factory=lambda: FitConfig(steps=1_200, batch_size=32, lr=3e-3, warmup=50, weight_decay=0.01, ema=0.99, save_every=100))
     detector_fit: FitConfig = field(default_factory=lambda: FitConfig(steps=300, batch_size=32, lr=3e-3, warmup=30, weight_decay=0.01, ema=0.98, save_every=100))
     vae_fit: FitConfig = field(default_factory=lambda: FitConfig(steps=800, batch_size=32, lr=2e-3, warmup=50, ema=0.99, save_every=200))
     text_fit: FitConfig = field(default_factory=lambda: FitConfig(steps=300, batch_size=64, lr=2e-3, warmup=30, ema=0.0, save_every=100))
@@ -169,26 +169,29 @@ READERS = {"circor": Reader(read_circor, check_circor)}
 # %% ../../nbs/16_pcg_run.ipynb #0a9f84c7
 def simulate(
     config: DataConfig,  # sizes and seeds
-) -> tuple[PcgSet, Split, PcgSet]:
-    "People to learn from and to judge, who is in which part, and the other people from whom judges learn."
+) -> tuple[PcgSet, Split, list[PcgSet]]:
+    "People to learn from and to judge, who is in which part, and the other people from whom judges learn: half as drawn, half with scrambled attributes (notebook 15)."
     narrow = config.rates != DataConfig.rates
     def people(n: int, seed: int) -> PcgSet:
         rates = np.random.default_rng([config.seed, seed, n]).uniform(*config.rates, n)
         return simulate_sounds(n, seed=seed, population=config.population, tracks=False, given={"rate": rates} if narrow else None)
     sounds = people(config.train + config.test, 2 * config.seed)
-    return sounds, split_by_patient(sounds.patients, tuple(np.array([config.train, 0, config.test]) / len(sounds)), config.seed), people(config.judge, 2 * config.seed + 1)
+    others = people(config.judge - config.judge // 2, 2 * config.seed + 1)
+    mixed = simulate_sounds(config.judge // 2, seed=2 * config.seed + 1, population=config.population, tracks=False, given=wishes(scramble(others.attributes[: config.judge // 2], config.seed)))
+    mixed = replace(mixed, attributes=mixed.attributes.assign(condition=None))   # no condition fits them
+    return sounds, split_by_patient(sounds.patients, tuple(np.array([config.train, 0, config.test]) / len(sounds)), config.seed), [others, mixed]
 
 
 def read_real(
     root,                # folder of the set
     name: str,           # of READERS
     config: DataConfig,  # seed
-) -> tuple[PcgSet, Split, PcgSet]:
+) -> tuple[PcgSet, Split, list[PcgSet]]:
     "Recordings of a real set; of its people half to learn from, a quarter for the judges, a quarter to judge."
     found, rejected = READERS[name].read(root)
     sounds = replace(prepare(found), rejected=rejected)
     split = split_by_patient(sounds.patients, (0.5, 0.25, 0.25), config.seed)
-    return sounds, Split(split.train, split.val[:0], split.test), sounds.rows(split.val)
+    return sounds, Split(split.train, split.val[:0], split.test), [sounds.rows(split.val)]
 
 # %% ../../nbs/16_pcg_run.ipynb #ca50ddf7
 HOLD_OUT = 3   # one in so many combinations
