@@ -51,12 +51,6 @@ def detectors():
 
 # names
 
-def test_the_judges_use_the_same_names():
-    for name in ("RATE_BOUNDS", "SNR_BOUNDS", "GRADE_BOUNDS", "JUDGED", "SPACE_OF", "CONTROLLED", "TOKEN", "TOKEN_S", "TOKENS"):
-        from medgen_nb.pcg import vae
-        assert getattr(vae, name) == getattr(metrics, name), name
-    assert set(SPACE_OF.values()) == set(TRACKS) and CONTROLLED == tuple(SPACE_OF)
-
 
 def test_every_sub_space_has_something_to_tell():
     assert set(HEARD.values()) == set(TRACKS) - {"rhythm"} and all(SPACE_OF[name] == space for name, space in HEARD.items())

@@ -166,8 +166,8 @@ class SoundPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **settings) -> "SoundPipeline":
-        "A saved pipeline with its scale; float32, also where half precision was saved, unless `torch_dtype` says otherwise."
-        pipeline = super().from_pretrained(folder, **{"torch_dtype": torch.float32} | settings)
+        "A saved pipeline with its scale, in float32, also where half precision was saved."
+        pipeline = super().from_pretrained(folder, **settings).to(torch.float32)
         pipeline.magnitudes = Scale.from_json((Path(folder) / "scale.json").read_text(encoding="utf-8"))
         return pipeline
 

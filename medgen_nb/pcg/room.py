@@ -16,7 +16,7 @@ import pandas as pd
 # %% ../../nbs/16_pcg_run.ipynb #97229d84
 from ..data import Split, split_by_patient
 from ..experiments import Ablation, Reader, override
-from .data import CONDITION, FS, PcgSet, check_circor, prepare, read_circor, simulate_sounds
+from .data import PcgSet, check_circor, prepare, read_circor, simulate_sounds
 from .metrics import STUDENT, scramble, wishes
 from .pipeline import GUIDANCE, STEPS, HLDMPipeline
 from .vae import classes_of
