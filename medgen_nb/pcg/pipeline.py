@@ -167,7 +167,9 @@ class SoundPipeline(DiffusionPipeline):
     @classmethod
     def from_pretrained(cls, folder: str | Path, **settings) -> "SoundPipeline":
         "A saved pipeline with its scale, in float32, also where half precision was saved."
-        pipeline = super().from_pretrained(folder, **settings).to(torch.float32)
+        pipeline = super().from_pretrained(folder, **settings)
+        for part in (pipeline.vae, pipeline.denoiser, pipeline.text, pipeline.graph):
+            part.float()
         pipeline.magnitudes = Scale.from_json((Path(folder) / "scale.json").read_text(encoding="utf-8"))
         return pipeline
 
