@@ -642,6 +642,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'medgen_nb.experiments.finish': ('experiments.html#finish', 'medgen_nb/experiments.py'),
                                        'medgen_nb.experiments.flat_config': ('experiments.html#flat_config', 'medgen_nb/experiments.py'),
                                        'medgen_nb.experiments.keep_figure': ('experiments.html#keep_figure', 'medgen_nb/experiments.py'),
+                                       'medgen_nb.experiments.lighter': ('experiments.html#lighter', 'medgen_nb/experiments.py'),
                                        'medgen_nb.experiments.load_run': ('experiments.html#load_run', 'medgen_nb/experiments.py'),
                                        'medgen_nb.experiments.metric_rows': ('experiments.html#metric_rows', 'medgen_nb/experiments.py'),
                                        'medgen_nb.experiments.open_experiment': ( 'experiments.html#open_experiment',
