@@ -1,4 +1,5 @@
 "Every line of the heart-sound room's grid runs at smoke scale; in this process, without a kernel."
+import json
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,9 @@ def test_every_line_of_the_grid_runs(run_cells, tmp_path, name):
     assert ("mask_lag_error" in metrics) == (name != "no-mask") and ("rare_gain" in metrics) == (name in ("base", "external"))
     made = HLDMPipeline.from_pretrained(tmp_path / "run" / "pipeline")("grade IV holosystolic murmur at the apex", seed=0, num_inference_steps=2)
     assert made.waves.shape == (1, 20_000) and np.isfinite(made.waves).all() and (made.mask is None) == (name == "no-mask")
+    players = [file for file in (tmp_path / "run" / "figures").glob("*.wav")]
+    captions = json.loads((tmp_path / "run" / "figures" / "captions.json").read_text())
+    assert players and all(player.stem and player.name in captions for player in players)
     measured = {m for m in metrics if not m.endswith(("_lo", "_hi", "_n", "_floor", "_trivial"))}
     assert measured <= set(MEANING), sorted(measured - set(MEANING))
 
