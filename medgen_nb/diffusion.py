@@ -194,10 +194,12 @@ def sample(
     device: str | torch.device = "cpu",       # where the network lives
     before: Callable | None = None,           # (xt, t ()) -> xt, called before every step
     progress: bool = False,                   # show a progress bar
+    noise: torch.Tensor | None = None,        # (batch, ...) standard normal, to start from: equal noise makes comparable data; None: drawn
 ) -> torch.Tensor:                            # (batch, ...) drawn data
     "Draw data from noise with a diffusers scheduler. Raises `ValueError` when `steps` does not suit the scheduler."
     scheduler.set_timesteps(steps, device=device)
-    xt = randn_tensor(tuple(shape), generator=generator, device=torch.device(device)) * scheduler.init_noise_sigma
+    noise = randn_tensor(tuple(shape), generator=generator, device=torch.device(device)) if noise is None else noise.to(device)
+    xt = noise * scheduler.init_noise_sigma
     return _descend(predict, scheduler, xt, scheduler.timesteps, generator, before, progress)
 
 # %% ../nbs/03_diffusion.ipynb #b66a4fc6

@@ -11,10 +11,10 @@ __all__ = ['FS', 'SECONDS', 'SITES', 'STATES', 'STATE_FS', 'TRACKS', 'TIMINGS', 
            'RUB_BAND', 'RUB_LEVEL', 'TABLE', 'HISS', 'TILT', 'KNEE', 'BREATH', 'MOVES', 'MOVE_LENGTH', 'MOVE_LEVEL',
            'BLOW', 'ROUGH_ONES', 'EITHER', 'HIGH', 'LOWER', 'MID', 'AORTIC', 'MITRAL', 'PULMONARY', 'LEFT_EDGE',
            'CONDITIONS', 'CONDITION', 'SNR', 'PREMATURE', 'INNOCENT', 'ALLOWED', 'NUMERIC', 'SIMULATOR', 'CHUNK',
-           'SHORTEST', 'FULL', 'N_FFT', 'HOP', 'TOP', 'BINS', 'STEPS', 'POWER', 'GROUP', 'AGAIN', 'CLIP_RUN',
-           'CLIP_FROM', 'SILENT', 'ROUNDING', 'NUMBERS', 'UNKNOWN', 'OUTCOME', 'LEVEL_AT', 'LEVEL', 'YEARS', 'ROMAN',
-           'ENOUGH', 'LONGEST_CYCLE', 'rate_for', 'beat_times', 'draw_chances', 'phase_of', 'states_of', 'Tone',
-           'add_tone', 'add_thumps', 'murmur_level', 'envelopes', 'band_of', 'render_murmur', 'render_noise',
+           'SHORTEST', 'FULL', 'N_FFT', 'HOP', 'TOP', 'BINS', 'STEPS', 'ROWS_AT_ONCE', 'POWER', 'GROUP', 'AGAIN',
+           'CLIP_RUN', 'CLIP_FROM', 'SILENT', 'ROUNDING', 'NUMBERS', 'UNKNOWN', 'OUTCOME', 'LEVEL_AT', 'LEVEL', 'YEARS',
+           'ROMAN', 'ENOUGH', 'LONGEST_CYCLE', 'rate_for', 'beat_times', 'draw_chances', 'phase_of', 'states_of',
+           'Tone', 'add_tone', 'add_thumps', 'murmur_level', 'envelopes', 'band_of', 'render_murmur', 'render_noise',
            'Condition', 'pick', 'describe', 'typed', 'tidy', 'world_of', 'render_tones', 'at_rate', 'PcgSet',
            'simulate_part', 'simulate_sounds', 'spectrogram', 'to_wave', 'Scale', 'Recording', 'quality', 'check_wav',
            'read_wave', 'read_segments', 'tidy_fields', 'people', 'Job', 'read_text', 'read_table', 'circor_jobs',
@@ -591,6 +591,7 @@ def simulate_sounds(
 N_FFT, HOP, TOP = 256, 64, 800.0           # samples: 64 ms, 16 ms; Hz (the paper does not say: ours)
 BINS = int(TOP * N_FFT / FS) + 1           # 52 rows from 0 to 797 Hz: 4 divides them
 STEPS = 32                                 # of Griffin-Lim: later ones gain little (measured in this notebook)
+ROWS_AT_ONCE = 500                         # recordings transformed together: the full, complex transform of more would only fill the memory
 
 def spectrogram(
     waves: np.ndarray,  # (n, samples) at FS
@@ -598,8 +599,11 @@ def spectrogram(
     "Linear STFT magnitude below TOP, (n, BINS, samples // HOP + 1) float32; Hann window, ends mirrored. Raises `ValueError` for another shape."
     if np.ndim(waves) != 2 or waves.shape[1] < N_FFT:
         raise ValueError(f"spectrogram needs waves (n, samples) of at least {N_FFT} samples, got {np.shape(waves)}; give several rows, or wave[None]")
-    transform = torchaudio.transforms.Spectrogram(N_FFT, hop_length=HOP, power=1.0)
-    return transform(torch.from_numpy(np.ascontiguousarray(waves, dtype=np.float32)))[:, :BINS].numpy()
+    transform, result = torchaudio.transforms.Spectrogram(N_FFT, hop_length=HOP, power=1.0), np.empty((len(waves), BINS, waves.shape[1] // HOP + 1), dtype=np.float32)
+    for k in range(0, len(waves), ROWS_AT_ONCE):
+        part = np.ascontiguousarray(waves[k : k + ROWS_AT_ONCE], dtype=np.float32)
+        result[k : k + ROWS_AT_ONCE] = transform(torch.from_numpy(part))[:, :BINS].numpy()
+    return result
 
 def to_wave(
     magnitude: np.ndarray,  # (n, BINS, frames), not negative

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHARES', 'SAMPLERS', 'AT_ONCE', 'STEPS', 'GUIDANCE', 'HEALTHY', 'FULL_SCALE', 'SAYABLE', 'Phase', 'phases',
-           'balanced_rows', 'make_scheduler', 'Given', 'sample_latents', 'HeartSounds', 'mask_by_lag', 'SoundPipeline',
-           'table_of', 'ReadingPipeline', 'draw_sound', 'WritingPipeline', 'HLDMPipeline']
+           'balanced_rows', 'make_scheduler', 'sample_latents', 'HeartSounds', 'mask_by_lag', 'SoundPipeline',
+           'table_of', 'told_in', 'vectors_of', 'ReadingPipeline', 'draw_sound', 'WritingPipeline', 'HLDMPipeline']
 
 # %% ../../nbs/14_pcg_pipeline.ipynb #af48af77
 import json
@@ -28,7 +28,7 @@ from ..diffusion import guide, sample
 from .condition import LEVELS, SUBSETS, GraphEncoder, TextReader, attributes_in, nodes_of, read_note, write_notes
 from .data import ALLOWED, ATTRIBUTES, CONDITION, FS, HOP, TOP, Scale, to_wave, typed
 from .denoiser import PcgDenoiser
-from .vae import SLOW, MsVae
+from .vae import SLOW, MsVae, classes_of
 from ..training import FitConfig
 
 # %% ../../nbs/14_pcg_pipeline.ipynb #333b0be9
@@ -84,17 +84,6 @@ def make_scheduler(
         raise ValueError(f"unknown sampler {sampler!r}; choose {' or '.join(SAMPLERS)}")
     return SAMPLERS[sampler].from_config(denoiser.scheduler.config, timestep_spacing="trailing")
 
-
-class Given:
-    "Puts a given noise in the place of the sampler's first one."
-
-    def __init__(self, noise: torch.Tensor):  # (b, ...)
-        self.noise = noise
-
-    def __call__(self, xt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        noise, self.noise = self.noise, None
-        return xt if noise is None else noise.to(xt)
-
 # %% ../../nbs/14_pcg_pipeline.ipynb #eeb1c312
 AT_ONCE = 128   # latents per pass
 
@@ -121,8 +110,7 @@ def sample_latents(
             if guidance == 1:
                 return denoiser.predict(zt, t, c)
             return guide(*denoiser.predict(torch.cat([zt, zt]), torch.cat([t, t]), torch.cat([c, empty])).chunk(2), guidance)
-        start = Given(noise[rows])
-        made.append(sample(predict, scheduler, tuple(noise[rows].shape), steps, None, device, before=start).cpu())
+        made.append(sample(predict, scheduler, tuple(noise[rows].shape), steps, None, device, noise=noise[rows]).cpu())
     return torch.cat(made)
 
 # %% ../../nbs/14_pcg_pipeline.ipynb #8ca732a4
@@ -189,6 +177,24 @@ def table_of(
     return typed(pd.DataFrame([dict.fromkeys(ATTRIBUTES) | dict(wishes)]))
 
 
+def told_in(
+    notes: Sequence[Sequence[str]],  # n notes, one text per level
+) -> torch.Tensor:
+    "Which levels say something, (n,) int64 bitmasks."
+    return torch.tensor([sum(bool(text) << k for k, text in enumerate(note)) for note in notes])
+
+
+def vectors_of(
+    reader: TextReader,
+    graph: GraphEncoder,
+    notes: Sequence[tuple[str, str, str]],  # n notes
+    attributes: pd.DataFrame,               # n rows, what the notes say
+) -> dict[str, torch.Tensor]:
+    "What the denoiser listens to: text (n, 3, w), graph (n, 8, w), label (n,) int64, the number of conditions where it is unknown."
+    label = classes_of(attributes)["condition"].replace(-1, len(CONDITION))
+    return {"text": reader.embed(notes), "graph": graph.embed(nodes_of(attributes)), "label": torch.tensor(label.to_numpy())}
+
+# %% ../../nbs/14_pcg_pipeline.ipynb #7c41529b
 class ReadingPipeline(SoundPipeline):
     "From a prompt to what the denoiser listens to."
 
@@ -201,12 +207,10 @@ class ReadingPipeline(SoundPipeline):
             prompt = table_of(prompt)
         notes = write_notes(prompt) if isinstance(prompt, pd.DataFrame) else [read_note(text) for text in ([prompt] if isinstance(prompt, str) else prompt)]
         attributes = prompt if isinstance(prompt, pd.DataFrame) else attributes_in(notes)
-        keys = {key: k for k, key in enumerate(CONDITION)}
-        label = torch.tensor([keys.get(key, len(CONDITION)) for key in attributes["condition"]])
-        told = torch.tensor([sum(bool(text) << k for k, text in enumerate(note)) for note in notes])
+        told = told_in(notes)
         if not told.all():
             raise ValueError("a prompt says nothing of demographics, murmur or diagnosis; give at least one attribute")
-        return notes, {"text": TextReader(self.tokenizer, self.text).embed(notes), "graph": self.graph.embed(nodes_of(attributes)), "label": label}, told
+        return notes, vectors_of(TextReader(self.tokenizer, self.text), self.graph, notes, attributes), told
 
 # %% ../../nbs/14_pcg_pipeline.ipynb #5c236775
 def draw_sound(
