@@ -73,12 +73,12 @@ def test_gaussian_splits_channels_and_lets_gradients_through():
 def test_any_width_can_be_normed(channels, groups):
     assert group_norm(channels).num_groups == groups
     x = torch.randn(3, channels, 4, 5, generator=seeded())
-    assert ConvBlock(channels)(x).shape == x.shape
+    assert ConvBlock(channels, 2)(x).shape == x.shape
 
 
 def test_block_starts_near_what_came_in_and_mixes_no_pictures(x):
     torch.manual_seed(0)
-    block, x = ConvBlock(8), torch.randn(3, 8, 6, 6, generator=seeded())
+    block, x = ConvBlock(8, 2), torch.randn(3, 8, 6, 6, generator=seeded())
     changed = x.clone()
     changed[1] += 1
     torch.testing.assert_close(block(x)[[0, 2]], block(changed)[[0, 2]])
@@ -236,10 +236,47 @@ def test_bad_arguments_are_named(model, x):
     for wrong, said in ((lambda: model.to_latent(x), "never measured"), (lambda: model.from_latent(x), "never measured"),
                         (lambda: model.measure_scale([]), "at least one"), (lambda: model.measure_scale(x[:0]), "at least one"),
                         (lambda: model.measure_scale(x * math.nan), "finite"),
-                        (lambda: model.encode(x[:, :, :15]), "multiples of 4 and 4"), (lambda: model.encode(x[0]), "multiples of 4 and 4"),
+                        (lambda: model.encode(x[:, :, :15]), "4 x 4 pixels one"), (lambda: model.encode(x[0]), "4 x 4 pixels one"),
                         (lambda: KLAutoencoder(1, (8,), STRIDES, 1, 2, 0.1), "same length"),
                         (lambda: Decoder(1, (), (), 1, 2), "at least one level"), (lambda: Encoder(1, (8,), ((2,),), 1, 2), "rows, columns"),
                         (lambda: KLAutoencoder(1, WIDTHS, STRIDES, 1, 2, -0.1), "0 or more")):
         with pytest.raises(ValueError, match=said):
             wrong()
     assert model.scale.seen == 0, "a failed measurement leaves no trace"
+
+
+FILM_STRIDES = ((1, 2, 2), (2, 2, 2))   # two frames, four rows, four columns become one place
+
+
+@pytest.mark.parametrize("blocks", [0, 1])
+def test_films_shrink_along_three_axes_and_come_back(blocks):
+    torch.manual_seed(0)
+    model = KLAutoencoder(1, WIDTHS, FILM_STRIDES, blocks, LATENT, 0.1)
+    x = torch.randn(2, 1, 6, 8, 12, generator=seeded())
+    q = model.encode(x)
+    assert model.encoder.shrink == (2, 4, 4) and q.mean.shape == (2, LATENT, 3, 2, 3) and model.decode(q.mean).shape == x.shape
+    model.measure_scale(x)
+    z = model.to_latent(x, seeded())
+    assert model.scale.mean.shape == (LATENT,) and model.from_latent(z).shape == x.shape
+    model.loss({"x": x}).backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_a_film_autoencoder_sees_time():
+    torch.manual_seed(0)
+    model = KLAutoencoder(1, WIDTHS, FILM_STRIDES, 1, LATENT, 0.1)
+    x = torch.randn(1, 1, 8, 8, 8, generator=seeded())
+    moved = x.clone()
+    moved[:, :, 3] += 1
+    change = (model.encode(moved).mean - model.encode(x).mean).abs().amax((0, 1, 3, 4))
+    assert change.shape == (4,) and change[1] > 0 and change[0] > 0, "the frame's own place and, through the border, its neighbour"
+
+
+@pytest.mark.parametrize("wrong,said", [
+    (lambda: Encoder(1, (8, 8), ((2, 2), (2, 2, 2)), 1, 2), "all \\(rows, columns\\) or all"),
+    (lambda: KLAutoencoder(1, WIDTHS, FILM_STRIDES, 1, LATENT, 0.1).encode(torch.zeros(1, 1, 7, 8, 8)), "2 x 4 x 4 pixels one"),
+    (lambda: KLAutoencoder(1, WIDTHS, FILM_STRIDES, 1, LATENT, 0.1).encode(torch.zeros(1, 1, 8, 8)), "frames, height, width"),
+])
+def test_films_of_another_shape_are_refused(wrong, said):
+    with pytest.raises(ValueError, match=said):
+        wrong()

@@ -194,7 +194,7 @@ class Writer(nn.Module):
         self.read = nn.Conv1d(sum(channels), width, 1)
         self.down = nn.Sequential(*(TimeBlock(width, TAPS) for _ in range(blocks)))
         self.unfold = nn.Conv1d(width, picture * ROWS, 1)
-        self.decoder = nn.Sequential(ConvBlock(picture), group_norm(picture), nn.SiLU(),
+        self.decoder = nn.Sequential(ConvBlock(picture, 2), group_norm(picture), nn.SiLU(),
                                      nn.ConvTranspose2d(picture, 1, 2 * TOKEN, TOKEN, TOKEN // 2))   # patches twice as large as their distance: no seams
 
     def forward(
