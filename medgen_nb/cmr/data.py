@@ -642,7 +642,7 @@ def paint_around(
 
 # %% ../../nbs/20_cmr_data.ipynb #8329d95f
 FADE = 48.0      # mm beyond the heart over which its pull on the surroundings fades
-EDGE = 1.25      # pixels over which a border is drawn
+EDGE = 1.6       # pixels over which a border is drawn: what resampling leaves of it in real films
 LAYER = 0.10     # share of the long axis between two textures of muscle: new tissue brings new texture
 
 def borders(
