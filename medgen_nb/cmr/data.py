@@ -4,21 +4,22 @@
 
 # %% auto #0
 __all__ = ['WALLS', 'SEGMENTS', 'LONG_AXIS', 'LEVEL_SEEN', 'PHENOTYPES', 'GROUP', 'GROUPS', 'TERRITORIES', 'SEXES', 'SIMULATOR',
-           'SETTINGS', 'SLOWEST', 'FASTEST', 'TWO_PI', 'LIMITS', 'ISOVOLUMIC', 'SYSTOLE', 'KICK', 'QUIET', 'TRUNCATED',
-           'LEVELS', 'AROUND', 'FLATTEN', 'SEPTUM', 'LOWEST', 'RIGHT_FROM', 'OUTFLOW', 'DENSITY', 'CAP', 'SEGMENT',
-           'SEGMENT_MEAN', 'PEOPLE_AT_ONCE', 'FRAMES', 'SIZE', 'FIELD', 'LABELS', 'BEARINGS', 'SLICE', 'GRAIN',
-           'CANVAS', 'PIXELS', 'LOOKS', 'NOISE', 'VESSELS', 'FADE', 'EDGE', 'LAYER', 'PAPILLARY', 'VOXELS_AT_ONCE',
-           'UNLABELLED', 'LEAST', 'MID', 'MEASURES', 'AGAIN', 'TICK', 'ACDC_BOX', 'SAME', 'NEAR', 'TYPICAL', 'BLUR',
-           'QUANTILES', 'THICK', 'GREYS', 'KEEP', 'Phenotype', 'list_phenotypes', 'Group', 'Territory', 'draw_chances',
-           'hold', 'prevalences', 'draw_groups', 'draw_population', 'shape_columns', 'infarct_columns', 'clock_columns',
-           'neighbour_columns', 'step', 'hill', 'away', 'ejection_end', 'end_systole', 'fullness', 'rest_form',
-           'right_form', 'segment_of', 'segment_means', 'Hearts', 'squeeze_walls', 'beat', 'volumes', 'arc_lengths',
-           'long_lengths', 'strains', 'ball', 'measure_part', 'phenotypes_of', 'cut', 'draw_looks', 'rings', 'ramp',
-           'paint_around', 'borders', 'Canvas', 'middle_of', 'papillaries', 'place', 'blend', 'paint', 'label',
-           'motion_of', 'scan', 'CineSet', 'simulate_hearts', 'thickness_in_sixths', 'measure_masks', 'CineRecord',
-           'read_nifti', 'as_film', 'named', 'read_info', 'fit_mask', 'volumes_drawn', 'read_frames', 'read_acdc',
-           'check_acdc', 'tidy_name', 'read_phenotypes', 'read_ukb', 'check_ukb', 'beating', 'find_heart', 'resample',
-           'retime', 'as_window', 'prepare', 'write_nifti', 'write_gif']
+           'SETTINGS', 'SLOWEST', 'FASTEST', 'TWO_PI', 'LIMITS', 'MOST_RIGHT', 'MOST_ATRIUM', 'ISOVOLUMIC', 'SYSTOLE',
+           'KICK', 'QUIET', 'TRUNCATED', 'LEVELS', 'AROUND', 'FLATTEN', 'SEPTUM', 'LOWEST', 'RIGHT_FROM', 'OUTFLOW',
+           'DENSITY', 'CAP', 'SEGMENT', 'SEGMENT_MEAN', 'PEOPLE_AT_ONCE', 'FRAMES', 'SIZE', 'FIELD', 'LABELS',
+           'BEARINGS', 'SLICE', 'GRAIN', 'CANVAS', 'PIXELS', 'LOOKS', 'NOISE', 'VESSELS', 'FADE', 'EDGE', 'LAYER',
+           'PAPILLARY', 'VOXELS_AT_ONCE', 'UNLABELLED', 'LEAST', 'MID', 'MEASURES', 'AGAIN', 'TICK', 'ACDC_BOX', 'SAME',
+           'NEAR', 'TYPICAL', 'BLUR', 'QUANTILES', 'THICK', 'GREYS', 'KEEP', 'Phenotype', 'list_phenotypes', 'Group',
+           'Territory', 'draw_chances', 'hold', 'prevalences', 'draw_groups', 'draw_population', 'shape_columns',
+           'infarct_columns', 'clock_columns', 'neighbour_columns', 'at_most', 'step', 'hill', 'away', 'ejection_end',
+           'end_systole', 'fullness', 'rest_form', 'right_form', 'segment_of', 'segment_means', 'Hearts',
+           'squeeze_walls', 'beat', 'volumes', 'arc_lengths', 'long_lengths', 'strains', 'ball', 'measure_part',
+           'phenotypes_of', 'cut', 'draw_looks', 'rings', 'ramp', 'paint_around', 'borders', 'Canvas', 'middle_of',
+           'papillaries', 'place', 'blend', 'paint', 'label', 'motion_of', 'scan', 'CineSet', 'simulate_hearts',
+           'thickness_in_sixths', 'measure_masks', 'CineRecord', 'read_nifti', 'as_film', 'named', 'read_info',
+           'fit_mask', 'volumes_drawn', 'read_frames', 'read_acdc', 'check_acdc', 'tidy_name', 'read_phenotypes',
+           'read_ukb', 'check_ukb', 'beating', 'find_heart', 'resample', 'retime', 'as_window', 'prepare',
+           'write_nifti', 'write_gif']
 
 # %% ../../nbs/20_cmr_data.ipynb #f5a7c047
 import csv
@@ -55,21 +56,25 @@ def list_phenotypes() -> dict[str, Phenotype]:
     "The 82 of Bai et al. (Nature Medicine 2020) in their groups. Which ones CPGG used is not published: the number agrees."
     out = {}
     for side, name in (("LV", "left ventricle"), ("RV", "right ventricle")):
-        out |= {f"{side}EDV": Phenotype("mL", "inferable", f"volume of the {name} at end-diastole"), f"{side}ESV": Phenotype("mL", "inferable", f"volume of the {name} at end-systole"),
+        out |= {f"{side}EDV": Phenotype("mL", "inferable", f"volume of the {name} at end-diastole"),
+                f"{side}ESV": Phenotype("mL", "inferable", f"volume of the {name} at end-systole"),
                 f"{side}SV": Phenotype("mL", "inferable", f"stroke volume of the {name}"), f"{side}EF": Phenotype("%", "inferable", f"ejection fraction of the {name}")}
         if side == "LV":
-            out |= {"LVCO": Phenotype("L/min", "invisible", "cardiac output: needs the rate, and a video of one beat hides it"), "LVM": Phenotype("g", "inferable", "mass of the left ventricle's wall")}
+            out |= {"LVCO": Phenotype("L/min", "invisible", "cardiac output: needs the rate, and a video of one beat hides it"),
+                    "LVM": Phenotype("g", "inferable", "mass of the left ventricle's wall")}
     for side, name in (("LA", "left atrium"), ("RA", "right atrium")):
-        out |= {f"{side}Vmax": Phenotype("mL", "invisible", f"largest volume of the {name}"), f"{side}Vmin": Phenotype("mL", "invisible", f"smallest volume of the {name}"),
+        out |= {f"{side}Vmax": Phenotype("mL", "invisible", f"largest volume of the {name}"),
+                f"{side}Vmin": Phenotype("mL", "invisible", f"smallest volume of the {name}"),
                 f"{side}SV": Phenotype("mL", "invisible", f"stroke volume of the {name}"), f"{side}EF": Phenotype("%", "invisible", f"emptying fraction of the {name}")}
     for side, name in (("AAo", "ascending aorta"), ("DAo", "descending aorta")):
         out |= {f"{side}_max": Phenotype("mm2", "invisible", f"largest area of the {name}"), f"{side}_min": Phenotype("mm2", "invisible", f"smallest area of the {name}"),
                 f"{side}_distensibility": Phenotype("1/1000 mmHg", "invisible", f"relative change of area of the {name} per pressure")}
-    for key, unit, name in (("WT", "mm", "wall thickness at end-diastole"), ("Ecc", "%", "circumferential strain at end-systole"), ("Err", "%", "radial strain at end-systole")):
+    for key, unit, name in (("WT", "mm", "wall thickness at end-diastole"), ("Ecc", "%", "circumferential strain at end-systole"),
+                            ("Err", "%", "radial strain at end-systole")):
         out |= {f"{key}_{k}": Phenotype(unit, LEVEL_SEEN[place.split()[0]], f"{name}, {place}") for k, place in SEGMENTS.items()}
         out |= {f"{key}_global": Phenotype(unit, "inferable", f"{name}, mean of the 16 segments")}
-    out |= {f"Ell_{k + 1}": Phenotype("%", "inferable" if SEGMENTS[place].split()[0] != "apical" else "invisible", f"longitudinal strain at end-systole, {SEGMENTS[place]}")
-            for k, place in enumerate(LONG_AXIS)}
+    out |= {f"Ell_{k + 1}": Phenotype("%", "invisible" if SEGMENTS[place].startswith("apical") else "inferable",
+                                      f"longitudinal strain at end-systole, {SEGMENTS[place]}") for k, place in enumerate(LONG_AXIS)}
     return out | {"Ell_global": Phenotype("%", "inferable", "longitudinal strain at end-systole, mean of the 6 segments")}
 
 PHENOTYPES = list_phenotypes()
@@ -92,7 +97,7 @@ class Group:
 GROUP = {
     "NOR": Group("healthy", 0.40),
     "DCM": Group("dilated cardiomyopathy", 0.12, (1.65, 0.16), (28, 7), (0.95, 0.05), 0.9, (1.10, 0.12), 10, 1.45, 0.93),
-    "HCM": Group("hypertrophic cardiomyopathy", 0.12, (0.92, 0.10), (69, 5), (1.55, 0.13), 0.75, (0.92, 0.08), 1, 1.35),
+    "HCM": Group("hypertrophic cardiomyopathy", 0.12, (0.92, 0.10), (67, 4.5), (1.55, 0.13), 0.75, (0.96, 0.08), 1, 1.35),
     "MINF": Group("infarct with a low ejection fraction", 0.14, (1.28, 0.15), (39, 7), (1.05, 0.06), 0.9, (1.0, 0.08), 4, 1.25, 0.97),
     "RV": Group("overloaded right ventricle", 0.08, (0.92, 0.10), (57, 6), (1.0, 0.05), 0.82, (1.60, 0.15), 8, 1.05),
     "AMY": Group("amyloid-like thick walls", 0.06, (0.88, 0.10), (51, 7), (1.95, 0.11), 0.55, (0.95, 0.10), 10, 1.55),
@@ -110,7 +115,7 @@ class Territory:
 
 TERRITORIES = {"LAD": Territory(125.0, 62.0, (-0.3, 0.90)), "RCA": Territory(242.0, 52.0, (0.15, 1.3)), "LCX": Territory(338.0, 56.0, (0.12, 1.3))}
 SEXES = {  # means of men and women: mL per m2 of body surface, per cent, mm, m2 (LVEF after Petersen et al. 2017; the rest ours, beside Hudsmith et al. 2005)
-    "LVEDV": (85.0, 73.0), "LVEF": (58.0, 61.0), "RVEDV": (93.0, 77.0), "WT_global": (6.35, 5.3), "surface": (1.97, 1.70), "LAVmax": (36.0, 36.0), "RAVmax": (46.0, 41.0)}
+    "LVEDV": (85.0, 73.0), "LVEF": (58.0, 61.0), "RVEDV": (93.0, 77.0), "WT_global": (6.35, 5.3), "surface": (1.97, 1.70), "LAVmax": (40.0, 40.0), "RAVmax": (48.0, 44.0)}
 SIMULATOR = 20                # keeps these random numbers apart from those of other rooms
 SETTINGS = ("rate", "LVEDV", "LVEF", "WT_global", "RVEDV", "LAVmax", "RAVmax")   # may be held by `given`, and are what they say (RVEF follows from SV)
 SLOWEST, FASTEST = 42.0, 115.0   # beats per minute at rest
@@ -125,7 +130,8 @@ def draw_chances(
     "(n, normals) and (n, uniforms): person k's chances do not depend on n, nor on anything that is given."
     return (np.random.default_rng([SIMULATOR, seed, 0]).standard_normal((n, normals)), np.random.default_rng([SIMULATOR, seed, 1]).random((n, uniforms)))
 
-LIMITS = {"rate": (30.0, 160.0), "LVEDV": (50.0, 450.0), "LVEF": (8.0, 80.0), "WT_global": (3.5, 22.0), "RVEDV": (50.0, 500.0), "LAVmax": (15.0, 250.0), "RAVmax": (15.0, 250.0)}
+LIMITS = {"rate": (30.0, 160.0), "LVEDV": (50.0, 450.0), "LVEF": (8.0, 80.0), "WT_global": (3.5, 22.0), "RVEDV": (50.0, 500.0),
+          "LAVmax": (15.0, 250.0), "RAVmax": (15.0, 250.0)}   # what may be given
 
 def hold(
     anatomy: dict[str, np.ndarray],       # column -> (n,)
@@ -199,9 +205,9 @@ def draw_population(
     shape_columns(a, z, u)
     infarct_columns(a, z, u)
     clock_columns(a, z)
-    hold(a, {key: value for key, value in (given or {}).items() if not key.endswith("AVmax")})
-    neighbour_columns(a, z, usual, of("atrium"))
-    hold(a, given)
+    later = {key: value for key, value in (given or {}).items() if key in ("LAVmax", "RAVmax")}
+    hold(a, {key: value for key, value in (given or {}).items() if key not in later})
+    neighbour_columns(a, z, usual, of("atrium"), later)
     return pd.DataFrame(a)
 
 # %% ../../nbs/20_cmr_data.ipynb #a911fe1e
@@ -263,20 +269,32 @@ def neighbour_columns(
     z,                         # chances
     usual,                     # name -> mean of this sex
     atrium: np.ndarray,        # (n,) factor of the group
+    given: Mapping[str, object],   # settings of the atria
 ) -> None:
     "Atria and aorta: they are in no short-axis slice, but they live with the ventricle (larger atria behind stiff walls, stiffer aortas with age). Laws are ours."
     stiff = (a["WT_global"] / 6.2) ** 0.25
     a["LAVmax"] = usual("LAVmax") * a["surface"] * atrium * stiff * (a["LVEDV"] / 145) ** 0.3 * np.exp(0.004 * (a["age"] - 61) + 0.15 * next(z))
     a["RAVmax"] = usual("RAVmax") * a["surface"] * (a["RVEDV"] / 155) ** 0.6 * np.exp(0.16 * next(z))
+    hold(a, given)
     stroke = a["LVEDV"] * a["LVEF"] / 100
-    a["LASV"] = stroke * np.clip(0.46 + 0.05 * next(z), 0.3, 0.62)          # what the atrium stores of a stroke; the rest runs through
-    a["RASV"] = stroke * a["leak"] * np.clip(0.42 + 0.05 * next(z), 0.25, 0.6)
+    a["LASV"] = at_most(stroke * np.clip(0.43 + 0.05 * next(z), 0.25, 0.62), MOST_ATRIUM * a["LAVmax"])   # what the atrium stores of a stroke; the rest runs through
+    a["RASV"] = at_most(stroke * a["leak"] * np.clip(0.40 + 0.05 * next(z), 0.25, 0.6), MOST_ATRIUM * a["RAVmax"])
     a["pulse"] = np.clip(44 + 0.5 * (a["age"] - 61) + 9 * next(z), 22, 95)  # mmHg
     soft = np.exp(-0.030 * (a["age"] - 61) + 0.28 * next(z))
     a["AAo_distensibility"], a["DAo_distensibility"] = 1.7 * soft, 2.3 * soft * np.exp(0.15 * next(z))   # per 1000 mmHg
     wide = 0.06 * next(z) + 0.45 * np.log(a["surface"] / 1.84)
     a["AAo diameter"] = 31.0 * np.exp(wide + 0.003 * (a["age"] - 61) + 0.05 * next(z))                    # mm, at its widest
     a["DAo diameter"] = 24.5 * np.exp(wide + 0.004 * (a["age"] - 61) + 0.04 * next(z))
+
+# %% ../../nbs/20_cmr_data.ipynb #028d135e
+MOST_RIGHT, MOST_ATRIUM = 0.82, 0.80   # share of its volume that a right ventricle, an atrium can give
+
+def at_most(
+    x: np.ndarray,     # anything above 0
+    most: np.ndarray,
+) -> np.ndarray:
+    "x, softly bounded: nearly x below 0.8 of `most`, never above it."
+    return x / (1 + (x / most) ** 8) ** (1 / 8)
 
 def step(
     x: np.ndarray,  # 0 begin, 1 end
@@ -437,7 +455,7 @@ def beat(
     (a quadratic equation), `depth` of the right cavity (mm; another one), `turn` of the base against the apex (radians), `work` 0...1."""
     a, work = hearts.a, (1 - fullness(hearts.anatomy, phase))[..., None]
     stroke = a["LVEDV"] * a["LVEF"] / 100
-    left, right = a["LVEDV"] - stroke * work, a["RVEDV"] - np.minimum(stroke * a["leak"], 0.8 * a["RVEDV"]) * work
+    left, right = a["LVEDV"] - stroke * work, a["RVEDV"] - at_most(stroke * a["leak"], MOST_RIGHT * a["RVEDV"]) * work
     stretch = 1 - a["long"] * a["LVEF"] / 100 * work
     s0, s1, s2 = hearts.sums
     squeeze = (s1 - np.sqrt(np.clip(s1**2 - s2 * (s0 - 1000 * left / stretch), 0, None))) / s2
@@ -512,7 +530,7 @@ def measure_part(
     out |= {"LVCO": out["LVSV"] * anatomy["rate"].to_numpy() / 1000, "LVM": DENSITY * hearts.muscle}
     for side in ("LA", "RA"):
         wide = ball(anatomy[f"{side}Vmax"].to_numpy())       # an ellipsoid, and the same one emptied
-        narrow = ball(np.maximum(anatomy[f"{side}Vmax"] - anatomy[f"{side}SV"], 0.25 * anatomy[f"{side}Vmax"]).to_numpy())
+        narrow = ball((anatomy[f"{side}Vmax"] - anatomy[f"{side}SV"]).to_numpy())
         full, empty = (4 / 3 * math.pi * 1.2 * axis**3 / 1000 for axis in (wide, narrow))
         out |= {f"{side}Vmax": full, f"{side}Vmin": empty, f"{side}SV": full - empty, f"{side}EF": 100 * (full - empty) / full}
     for side in ("AAo", "DAo"):
@@ -612,11 +630,10 @@ def paint_around(
 ) -> torch.Tensor:
     "Everything but the heart, (n, 1, PIXELS, PIXELS): lung with vessels, chest wall, diaphragm with liver and stomach, descending aorta."
     at = (torch.arange(PIXELS) + 0.5) / PIXELS * CANVAS - CANVAS / 2
-    x, y = at[None, None, :], -at[None, :, None]
+    x, y, u, z = at[None, None, :], -at[None, :, None], look["u"], look["z"]
     of = lambda values: torch.as_tensor(np.asarray(values), dtype=torch.float32)[:, None, None]
-    u, z = look["u"], look["z"]
     picture = of(look["lung"]).expand(len(u), PIXELS, PIXELS).clone()
-    for k in range(VESSELS):
+    for k in range(VESSELS):                                                             # a number for size is used twice: nobody sees it
         far = (x - of(-20 + 100 * u[:, k])) ** 2 + (y - of(-45 + 130 * u[:, VESSELS + k])) ** 2
         picture += of(0.12 + 0.35 * u[:, 2 * VESSELS + k]) * torch.exp(-far / of((1.6 + 1.4 * u[:, (5 * k) % 42]) ** 2 * 2))
     over = lambda share, level: picture.add_((of(level) - picture) * share)
@@ -633,10 +650,11 @@ def paint_around(
     over(ramp(aorta, 2), look["blood"] - 0.04)
     slant = np.radians(128 + 14 * u[:, 61])
     deep = x * of(np.cos(slant)) + y * of(np.sin(slant)) - of(reach[:, 0] + 4 + 12 * u[:, 62])
-    deep = deep + of(2 + 2 * u[:, 17]) * torch.sin(x / 15 + of(6 * u[:, 63])) * torch.cos(y / 19 + of(6 * u[:, 12])) + 0.004 * (x * of(np.sin(slant)) - y * of(np.cos(slant))) ** 2
+    along = x * of(np.sin(slant)) - y * of(np.cos(slant))
+    deep = deep + of(2 + 2 * u[:, 17]) * torch.sin(x / 15 + of(6 * u[:, 63])) * torch.cos(y / 19 + of(6 * u[:, 12])) + 0.004 * along**2
     for begin, level in ((0.0, look["fat"] - 0.10), (3 + 4 * u[:, 30], 0.26 + 0 * u[:, 0]), (13 + 5 * u[:, 31], look["fat"])):
         over(ramp(deep - of(begin + 0 * u[:, 0]), 2.5), level)
-    rib = of(6.0 + 0 * u[:, 0]) - (((deep - of(19 + 3 * u[:, 32])) * 1.5) ** 2 + ((x * of(np.sin(slant)) - y * of(np.cos(slant)) - of(-26 + 50 * u[:, 33])) / 1.6) ** 2).sqrt()
+    rib = 6.0 - (((deep - of(19 + 3 * u[:, 32])) * 1.5) ** 2 + ((along - of(-26 + 50 * u[:, 33])) / 1.6) ** 2).sqrt()
     over(ramp(rib, 2.5), 0.30 + 0.1 * u[:, 34])
     return picture[:, None]
 
@@ -678,7 +696,7 @@ def middle_of(
     look: Mapping[str, np.ndarray],
     phase: np.ndarray,            # (frames,)
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "Where the long axis crosses the picture, (n, frames, 2) mm right and up of its middle; shift of the chest (n, frames, 2); reach of the heart up-left and down (n, 2)."
+    "Where the long axis crosses the picture (n, frames, 2), mm right and up of its middle; shift of the chest (n, frames, 2); reach of the heart up-left and down (n, 2)."
     angle = np.arange(BEARINGS) / BEARINGS * TWO_PI
     edge = c["right"][:, 0]
     x, y = edge * np.cos(angle), edge * np.sin(angle)
@@ -762,7 +780,8 @@ def blend(
     n, frames, size, _ = canvas.radius.shape
     soft = EDGE * FIELD / size
     grid = torch.stack([canvas.came_x, -canvas.came_y], dim=-1).reshape(n, frames * size, size, 2) * (2 / CANVAS)
-    around, here, next_, flow, lump = torch.nn.functional.grid_sample(pictures, grid, padding_mode="border", align_corners=False).reshape(n, 5, frames, size, size).unbind(1)
+    found = torch.nn.functional.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
+    around, here, next_, flow, lump = found.reshape(n, 5, frames, size, size).unbind(1)
     of = lambda name: torch.as_tensor(look[name], dtype=torch.float32)[:, None, None, None]
     layer = torch.as_tensor((c["s"] - c["s0"]) / LAYER, dtype=torch.float32)[..., None].clamp_(0, 1)
     muscle = of("muscle") + here + (next_ - here) * layer
@@ -829,7 +848,8 @@ def scan(
     "What the scanner makes of it, float32 in -1...1: the coil's slow shading, Rician noise, a fixed window."
     n, frames, size, _ = signal.shape
     at = np.linspace(-1, 1, size)
-    shade = 1 + look["bias"][:, 0, None, None] * at[None, None, :] - look["bias"][:, 1, None, None] * at[None, :, None] + look["bias"][:, 2, None, None] * (at[None, :, None] ** 2 + at**2 - 0.67)
+    across, up, rim = (look["bias"][:, k, None, None] for k in range(3))
+    shade = 1 + across * at - up * at[:, None] + rim * (at[:, None] ** 2 + at**2 - 0.67)
     image = signal.numpy() * shade.astype(np.float32)[:, None]
     for k, rng in enumerate(look["rng"]):
         noise = rng.standard_normal((frames, 2, size, size), dtype=np.float32)
@@ -866,7 +886,8 @@ class CineSet:
     @property
     def fingerprint(self) -> str:
         "A short hash of everything but masks, motion and `rejected`."
-        return fingerprint(self.videos, self.phenotypes.to_csv(index=False), self.spacing, self.frame_time, [str(g) for g in self.groups], [str(p) for p in self.patients])
+        names = [str(name) for name in (*self.groups, *self.patients)]
+        return fingerprint(self.videos, self.phenotypes.to_csv(index=False), self.spacing, self.frame_time, names)
 
     def rows(self, index: np.ndarray | Sequence[int] | slice) -> "CineSet":
         "These people only: row numbers, a mask or a slice."
@@ -887,13 +908,14 @@ def simulate_hearts(
     seed: int = 0,          # which people
     population: int = 0,    # which hospital and scanner: prevalences, noise, contrast, coil
     groups: Sequence[str] | str | None = None,    # forced, one or n codes of GROUPS
-    given: Mapping[str, object] | None = None,    # one of SETTINGS -> a value, or n values: LVEF (%), LVEDV, RVEDV (mL), WT_global (mm), rate (beats/min), LAVmax, RAVmax (mL)
+    given: Mapping[str, object] | None = None,    # of SETTINGS -> a value, or n: LVEF (%), LVEDV, RVEDV, LAVmax, RAVmax (mL), WT_global (mm), rate (beats/min)
     masks: bool = True,     # return true masks
     motion: bool = False,   # return the true motion of tissue (8 bytes a pixel)
 ) -> CineSet:
     """Simulated cine MRI of n independent people with their 82 phenotypes. Person k depends on seed, k and what is given or forced, not on n.
 
-    Equal seeds with another `given` are twins: the same heart with another ejection fraction, say. Raises `ValueError` for sizes, groups or settings that cannot be."""
+    Equal seeds with another `given` are twins: the same heart with another ejection fraction, say. (A heart with an infarct cannot eject more than about 64 %:
+    its phenotypes say what it did.) Raises `ValueError` for sizes, groups or settings that cannot be."""
     if n < 1 or frames < LEAST or size < 16:
         raise ValueError(f"{n} people, {frames} frames, {size} pixels: at least 1, {LEAST} and 16 are needed")
     anatomy = draw_population(n, seed, population, groups, given)
@@ -911,7 +933,8 @@ def simulate_hearts(
             if motion:
                 moved[part, some] = motion_of(canvas, size)
     names = np.array([f"s{seed}p{population}-{k:05d}" for k in range(n)])
-    return CineSet(videos, phenotypes_of(anatomy), np.full(n, FIELD / size), 60 / anatomy["rate"].to_numpy() / frames, anatomy["group"].to_numpy().astype(str), names, drawn, moved)
+    return CineSet(videos, phenotypes_of(anatomy), np.full(n, FIELD / size), 60 / anatomy["rate"].to_numpy() / frames,
+                   anatomy["group"].to_numpy().astype(str), names, drawn, moved)
 
 # %% ../../nbs/20_cmr_data.ipynb #21bc8c20
 MID = (7, 8, 9, 10, 11, 12)   # AHA segments that a mid-ventricular slice shows
@@ -943,8 +966,10 @@ def measure_masks(
     spacing: np.ndarray | float,      # mm per pixel, (n,) or one
     frame_time: np.ndarray | float,   # s per frame, (n,) or one; nan: unknown
 ) -> pd.DataFrame:
-    """What a reader measures in a slice, n rows of MEASURES: areas (mm2) at end-diastole and where they are smallest, their change (per cent), thickness of six segments at
-    end-diastole (mm), time of the smallest LV area (s), jitter of the LV area (mean |second difference| over the mean). nan where a structure is absent, at end-diastole or altogether."""
+    """What a reader measures in a slice, n rows of MEASURES: areas (mm2) at end-diastole and where they are smallest, their change (per cent), thickness of six segments
+    at end-diastole (mm), time of the smallest LV area (s), jitter of the LV area (mean |second difference| over the mean). nan where a structure is absent at end-diastole.
+
+    Raises `ValueError` for another shape."""
     masks = np.asarray(masks)
     if masks.ndim != 4:
         raise ValueError(f"masks have shape {masks.shape}; (n, frames, h, w) is needed")
@@ -1107,11 +1132,12 @@ def read_acdc(
         array, steps, tick = read_nifti(film)
         volume = as_film(film, array)
         if said.get("NbFrame", str(len(volume))) != str(len(volume)) or max(int(said.get(key, 1)) for key in ("ED", "ES")) > len(volume):
-            raise BadRecord(film, "its frames", f"{len(volume)}; Info.cfg says {said.get('NbFrame')}, ED {said.get('ED')} and ES {said.get('ES')}", "take both from one release")
+            raise BadRecord(film, "its frames", f"{len(volume)}; Info.cfg says {said.get('NbFrame')}, ED {said.get('ED')} and ES {said.get('ES')}",
+                            "take both from one release")
         stills = {named(file): file for file in files.get("still", [])}
         number = lambda file: int(named(file).removesuffix("_gt").rpartition("frame")[2]) - 1
         masks, drawn, known = read_frames({number(file): (file, stills.get(named(file).removesuffix("_gt"))) for file in files.get("mask", [])}, volume)
-        flags = () if "info" in files else ("no Info.cfg",)
+        flags = tuple(f"unknown file {kind}" for kind in sorted(set(files) - {"4d", "still", "mask", "info"})) + (() if "info" in files else ("no Info.cfg",))
         if known is None and set(steps) == {1.0}:
             steps, flags = (math.nan,) * 3, flags + ("spacing unknown",)
         steps, group, start = known or steps, said.get("Group", ""), int(said.get("ED", 1)) - 1
@@ -1147,7 +1173,8 @@ def read_phenotypes(
         raise BadRecord(file, "the whole table", f"it cannot be read ({type(error).__name__})", AGAIN) from None
     names = [tidy_name(column) for column in head[1:]]
     if missing := [name for name in PHENOTYPES if name not in names]:
-        raise BadRecord(file, "the header", f"{len(missing)} phenotypes have no column, {', '.join(missing[:3])} among them", "see the card for names; leave fields empty where nothing was measured")
+        raise BadRecord(file, "the header", f"{len(missing)} phenotypes have no column, {', '.join(missing[:3])} among them",
+                        "see the card for names; leave fields empty where nothing was measured")
     table, rejected = {}, []
     for k, (subject, *values) in enumerate(lines):
         try:
@@ -1169,7 +1196,8 @@ def read_ukb(
     base = Path(root)
     tables, files = sorted(base.rglob("phenotypes.csv")), sorted(base.rglob("*.nii")) + sorted(base.rglob("*.nii.gz"))
     if len(tables) != 1 or not files:
-        raise BadRecord(base, "the whole folder", f"{len(tables)} tables phenotypes.csv and {len(files)} films; one table and some films are needed", "name the folder with --root")
+        raise BadRecord(base, "the whole folder", f"{len(tables)} tables phenotypes.csv and {len(files)} films; one table and some films are needed",
+                        "name the folder with --root")
     table, rejected = read_phenotypes(tables[0])
     lost = {re.search(r"subject (\S+)", problem.where)[1] for problem in rejected}
     seen: set[str] = set()
@@ -1180,7 +1208,8 @@ def read_ukb(
             raise BadRecord(file, "its name", f"subject {subject} has a film already", "keep one film for each subject")
         seen.add(subject)
         if subject not in table:
-            raise BadRecord(file, "its phenotypes", f"phenotypes.csv has no {'readable ' if subject in lost else ''}row for subject {subject}", "add the row, or take the film away")
+            raise BadRecord(file, "its phenotypes", f"phenotypes.csv has no {'readable ' if subject in lost else ''}row for subject {subject}",
+                            "add the row, or take the film away")
         array, steps, tick = read_nifti(file)
         if array.ndim == 3:                                   # time is the third axis
             tick = steps[2] / 1000 if 1000 * TICK[0] <= steps[2] <= 1000 * TICK[1] else steps[2]
@@ -1190,7 +1219,8 @@ def read_ukb(
         return CineRecord(as_film(file, array), (steps[1], steps[0]), tick, subject, phenotypes=table[subject])
 
     records, unread = gather(files, read)
-    return records, rejected + unread + [BadRecord(tables[0], f"subject {subject}", "there is no film of this subject", "download it, or take the row away") for subject in sorted(set(table) - seen)]
+    alone = [BadRecord(tables[0], f"subject {subject}", "there is no film of this subject", "download it, or take the row away") for subject in sorted(set(table) - seen)]
+    return records, rejected + unread + alone
 
 def check_ukb(root: str | Path) -> list[BadRecord]:
     "Everything missing or broken in a UK-Biobank-like folder. Empty: all is well."
@@ -1277,7 +1307,8 @@ def prepare(
 ) -> CineSet:
     """One mid-ventricular slice of each record, the heart in the middle, resampled in time and space, each video in its own window.
 
-    Masks exist where somebody drew them, UNLABELLED elsewhere; None if nobody did. A record without a known spacing is taken as TYPICAL. Raises `ValueError` without a record."""
+    Masks exist where somebody drew them, UNLABELLED elsewhere; None if nobody did. A record without a known spacing is taken as TYPICAL.
+    Raises `ValueError` without a record, and for sizes that cannot be."""
     if not records or frames < LEAST or size < 16 or (spacing is not None and spacing <= 0):
         raise ValueError(f"{len(records)} records, {frames} frames, {size} pixels, {spacing} mm: at least 1, {LEAST}, 16 and above 0 are needed; read a data set first")
     spacing = spacing or FIELD / size
@@ -1347,5 +1378,6 @@ def write_gif(
     for frame in shade[1:]:                                  # a pixel keeps its shade until it is clearly another: noise would cost bytes
         shown.append(np.where(np.abs(frame - shown[-1]) > KEEP, np.round(frame), shown[-1]))
     grey = (np.stack(shown) * (255 // (GREYS - 1))).astype(np.uint8)
-    pictures = [Image.fromarray(frame).resize((frame.shape[1] * zoom, frame.shape[0] * zoom), Image.Resampling.BILINEAR if zoom > 1 else Image.Resampling.NEAREST) for frame in grey]
+    larger = (grey.shape[2] * zoom, grey.shape[1] * zoom)
+    pictures = [Image.fromarray(frame).resize(larger, Image.Resampling.NEAREST) for frame in grey]
     pictures[0].save(path, format="GIF", save_all=True, append_images=pictures[1:], duration=max(round(1000 / fps), 20), loop=0, optimize=True)
