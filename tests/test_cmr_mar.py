@@ -16,7 +16,7 @@ from medgen_nb.training import FitConfig, fit
 
 ORACLE = Path(__file__).resolve().parents[1].parent / "shared" / "oracles" / "cpgg_reference.json"
 PAPER = dict(latent=(16, 25, 12, 12), patch=(5, 2, 2), width=768, depth=12, heads=12, phenotypes=82, uses=(True,) * 82, slots=64, head_width=1024, head_depth=3,
-             untold=0.1, lowest=0.7, repeats=4, dropout=0.1, order="random", kind="continuous", groups=1, codes=2, steps=1000)
+             untold=0.1, lowest=0.7, repeats=4, dropout=0.1, order="random", kind="continuous", groups=1, codes=2, steps=1000, says="epsilon")
 SMALL = PAPER | dict(latent=(2, 4, 6, 4), patch=(2, 2, 2), width=16, depth=2, heads=2, phenotypes=3, uses=(True, True, False), slots=2, head_width=12, head_depth=2,
                      repeats=2, dropout=0.0, steps=50, groups=4, codes=5)
 ROWS, TOKENS = 5, 12
@@ -180,9 +180,10 @@ def stirred_head(token_dim: int = 3, cond: int = 4) -> TokenHead:
     return head
 
 
+@pytest.mark.parametrize("says", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("steps", [50, 1000])   # fewer times than rows, and more
-def test_loss_is_squared_error_plus_bound(steps):
-    head, scheduler, x0, cond = stirred_head(), token_scheduler(steps), torch.randn(30, 3), torch.randn(30, 4)
+def test_loss_is_squared_error_plus_bound(steps, says):
+    head, scheduler, x0, cond = stirred_head(), token_scheduler(steps, says), torch.randn(30, 3), torch.randn(30, 4)
     torch.manual_seed(7)
     loss = token_diffusion_loss(head, x0, cond, scheduler, 2)
     torch.manual_seed(7)
@@ -190,8 +191,10 @@ def test_loss_is_squared_error_plus_bound(steps):
     abar = scheduler.alphas_cumprod[t][:, None]
     xt = abar.sqrt() * x0.repeat(2, 1) + (1 - abar).sqrt() * eps
     said, share = head(xt, t, cond.repeat(2, 1)).chunk(2, 1)
-    bound = slow_bound(x0.repeat(2, 1).double(), xt.double(), said.detach().double(), share.detach().double(), t, scheduler.betas.double().tolist())
-    assert loss.item() == pytest.approx(F.mse_loss(said, eps).item() + bound, rel=2e-3)
+    v = abar.sqrt() * eps - (1 - abar).sqrt() * x0.repeat(2, 1)
+    noise = said if says == "epsilon" else abar.sqrt() * said + (1 - abar).sqrt() * xt
+    bound = slow_bound(x0.repeat(2, 1).double(), xt.double(), noise.detach().double(), share.detach().double(), t, scheduler.betas.double().tolist())
+    assert loss.item() == pytest.approx(F.mse_loss(said, eps if says == "epsilon" else v).item() + bound, rel=2e-3)
 
 
 def test_bound_teaches_the_variance_only():
@@ -221,9 +224,11 @@ def slow_ancestral(head, z, z_empty, guidance, scheduler, steps, generator) -> t
     for k in reversed(range(steps)):
         now, before = abar[k], abar[k - 1] if k else torch.tensor(1.0).double()
         beta, t = 1 - now / before, torch.full((len(z),), times[k])
-        eps, share = head(xt, t, z).chunk(2, 1)
+        as_eps = lambda said: said if scheduler.config.prediction_type == "epsilon" else now.sqrt() * said + (1 - now).sqrt() * xt
+        said, share = head(xt, t, z).chunk(2, 1)
+        eps = as_eps(said)
         if z_empty is not None:
-            nothing = head(xt, t, z_empty).chunk(2, 1)[0]
+            nothing = as_eps(head(xt, t, z_empty).chunk(2, 1)[0])
             eps = nothing + guidance * (eps - nothing)
         x0 = (xt - (1 - now).sqrt() * eps) / now.sqrt()
         mean = before.sqrt() * beta / (1 - now) * x0 + (1 - beta).sqrt() * (1 - before) / (1 - now) * xt
@@ -233,9 +238,9 @@ def slow_ancestral(head, z, z_empty, guidance, scheduler, steps, generator) -> t
         xt = mean + (0.5 * log_var).exp() * torch.randn(len(z), head.token_dim, generator=generator).double()
 
 
-@pytest.mark.parametrize("guided", [False, True])
-def test_drawing_equals_a_slow_sampler(guided):
-    head, scheduler = stirred_head(), token_scheduler(40)
+@pytest.mark.parametrize("guided, says", [(False, "epsilon"), (True, "epsilon"), (True, "v_prediction")])
+def test_drawing_equals_a_slow_sampler(guided, says):
+    head, scheduler = stirred_head(), token_scheduler(40, says)
     z, z_empty = torch.randn(6, 4), torch.randn(6, 4) if guided else None
     made = draw_from_head(head, z, z_empty, 2.5, scheduler, 9, torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -443,4 +448,6 @@ def test_bad_input(batch):
 
 def test_scheduler_is_as_released():
     scheduler = token_scheduler()
+    later = token_scheduler(spacing="leading"); later.set_timesteps(100)
+    assert later.timesteps[0] == 990 and fresh(says="v_prediction").scheduler.config.prediction_type == "v_prediction"
     assert isinstance(scheduler, DDPMScheduler) and scheduler.config.prediction_type == "epsilon" and not scheduler.config.clip_sample
