@@ -1,1 +1,1 @@
-"""Cine cardiac MRI from 82 phenotypes (arXiv 2505.03426)."""
+"""Cine cardiac MRI from phenotypes: masked autoregression with a diffusion loss (CPGG, arXiv 2505.03426)."""
