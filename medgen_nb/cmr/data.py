@@ -4,27 +4,41 @@
 
 # %% auto #0
 __all__ = ['WALLS', 'SEGMENTS', 'LONG_AXIS', 'LEVEL_SEEN', 'PHENOTYPES', 'GROUP', 'GROUPS', 'TERRITORIES', 'SEXES', 'SIMULATOR',
-           'SETTINGS', 'SLOWEST', 'FASTEST', 'TWO_PI', 'LIMITS', 'ISOVOLUMIC', 'SYSTOLE', 'KICK', 'QUIET', 'TRUNCATED',
-           'LEVELS', 'AROUND', 'FLATTEN', 'SEPTUM', 'LOWEST', 'RIGHT_FROM', 'DENSITY', 'CAP', 'SEGMENT', 'SEGMENT_MEAN',
-           'PEOPLE_AT_ONCE', 'Phenotype', 'list_phenotypes', 'Group', 'Territory', 'draw_chances', 'prevalences',
-           'draw_groups', 'hold', 'draw_population', 'shape_columns', 'infarct_columns', 'clock_columns',
-           'neighbour_columns', 'step', 'hill', 'away', 'ejection_end', 'end_systole', 'fullness', 'Hearts',
-           'segment_of', 'segment_means', 'arc_lengths', 'long_lengths', 'strains', 'ball', 'measure_part',
-           'phenotypes_of']
+           'SETTINGS', 'SLOWEST', 'FASTEST', 'TWO_PI', 'LIMITS', 'MOST_RIGHT', 'MOST_ATRIUM', 'ISOVOLUMIC', 'SYSTOLE',
+           'KICK', 'QUIET', 'TRUNCATED', 'LEVELS', 'AROUND', 'FLATTEN', 'SEPTUM', 'LOWEST', 'RIGHT_FROM', 'OUTFLOW',
+           'DENSITY', 'CAP', 'SEGMENT', 'SEGMENT_MEAN', 'PEOPLE_AT_ONCE', 'FRAMES', 'SIZE', 'FIELD', 'LABELS',
+           'BEARINGS', 'SLICE', 'GRAIN', 'CANVAS', 'PIXELS', 'LOOKS', 'NOISE', 'VESSELS', 'FADE', 'EDGE', 'LAYER',
+           'PAPILLARY', 'VOXELS_AT_ONCE', 'UNLABELLED', 'LEAST', 'MID', 'MEASURES', 'AGAIN', 'TICK', 'ACDC_BOX', 'SAME',
+           'NEAR', 'TYPICAL', 'BLUR', 'QUANTILES', 'THICK', 'GREYS', 'KEEP', 'Phenotype', 'list_phenotypes', 'Group',
+           'Territory', 'draw_chances', 'hold', 'prevalences', 'draw_groups', 'draw_population', 'shape_columns',
+           'infarct_columns', 'clock_columns', 'neighbour_columns', 'at_most', 'step', 'hill', 'away', 'ejection_end',
+           'end_systole', 'fullness', 'rest_form', 'right_form', 'segment_of', 'segment_means', 'Hearts',
+           'squeeze_walls', 'beat', 'volumes', 'arc_lengths', 'long_lengths', 'strains', 'ball', 'measure_part',
+           'phenotypes_of', 'cut', 'draw_looks', 'rings', 'ramp', 'paint_around', 'borders', 'Canvas', 'middle_of',
+           'papillaries', 'place', 'blend', 'paint', 'label', 'motion_of', 'scan', 'CineSet', 'simulate_hearts',
+           'thickness_in_sixths', 'measure_masks', 'CineRecord', 'read_nifti', 'as_film', 'named', 'read_info',
+           'fit_mask', 'volumes_drawn', 'read_frames', 'read_acdc', 'check_acdc', 'tidy_name', 'read_phenotypes',
+           'read_ukb', 'check_ukb', 'beating', 'find_heart', 'resample', 'retime', 'as_window', 'prepare',
+           'write_nifti', 'write_gif']
 
 # %% ../../nbs/20_cmr_data.ipynb #f5a7c047
+import csv
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pandas as pd
 import torch
+from PIL import Image
+from scipy.ndimage import gaussian_filter
 
 from ..data import BadRecord, fingerprint, gather, problems
 
-# %% ../../nbs/20_cmr_data.ipynb #68d3719d
+# %% ../../nbs/20_cmr_data.ipynb #9cc043be
 @dataclass(frozen=True)
 class Phenotype:
     "One number of a cardiac report."
@@ -38,26 +52,29 @@ SEGMENTS = {k + 1: f"{level} {wall}" for k, (level, wall) in enumerate(
 LONG_AXIS = (3, 9, 14, 16, 12, 6)   # AHA segments that a four-chamber view cuts, from septal base over the apex to lateral base (the order is ours)
 LEVEL_SEEN = {"basal": "inferable", "mid": "visible", "apical": "invisible"}
 
-# %% ../../nbs/20_cmr_data.ipynb #97b29cca
 def list_phenotypes() -> dict[str, Phenotype]:
     "The 82 of Bai et al. (Nature Medicine 2020) in their groups. Which ones CPGG used is not published: the number agrees."
     out = {}
     for side, name in (("LV", "left ventricle"), ("RV", "right ventricle")):
-        out |= {f"{side}EDV": Phenotype("mL", "inferable", f"volume of the {name} at end-diastole"), f"{side}ESV": Phenotype("mL", "inferable", f"volume of the {name} at end-systole"),
+        out |= {f"{side}EDV": Phenotype("mL", "inferable", f"volume of the {name} at end-diastole"),
+                f"{side}ESV": Phenotype("mL", "inferable", f"volume of the {name} at end-systole"),
                 f"{side}SV": Phenotype("mL", "inferable", f"stroke volume of the {name}"), f"{side}EF": Phenotype("%", "inferable", f"ejection fraction of the {name}")}
         if side == "LV":
-            out |= {"LVCO": Phenotype("L/min", "invisible", "cardiac output: needs the rate, and a video of one beat hides it"), "LVM": Phenotype("g", "inferable", "mass of the left ventricle's wall")}
+            out |= {"LVCO": Phenotype("L/min", "invisible", "cardiac output: needs the rate, and a video of one beat hides it"),
+                    "LVM": Phenotype("g", "inferable", "mass of the left ventricle's wall")}
     for side, name in (("LA", "left atrium"), ("RA", "right atrium")):
-        out |= {f"{side}Vmax": Phenotype("mL", "invisible", f"largest volume of the {name}"), f"{side}Vmin": Phenotype("mL", "invisible", f"smallest volume of the {name}"),
+        out |= {f"{side}Vmax": Phenotype("mL", "invisible", f"largest volume of the {name}"),
+                f"{side}Vmin": Phenotype("mL", "invisible", f"smallest volume of the {name}"),
                 f"{side}SV": Phenotype("mL", "invisible", f"stroke volume of the {name}"), f"{side}EF": Phenotype("%", "invisible", f"emptying fraction of the {name}")}
     for side, name in (("AAo", "ascending aorta"), ("DAo", "descending aorta")):
         out |= {f"{side}_max": Phenotype("mm2", "invisible", f"largest area of the {name}"), f"{side}_min": Phenotype("mm2", "invisible", f"smallest area of the {name}"),
                 f"{side}_distensibility": Phenotype("1/1000 mmHg", "invisible", f"relative change of area of the {name} per pressure")}
-    for key, unit, name in (("WT", "mm", "wall thickness at end-diastole"), ("Ecc", "%", "circumferential strain at end-systole"), ("Err", "%", "radial strain at end-systole")):
+    for key, unit, name in (("WT", "mm", "wall thickness at end-diastole"), ("Ecc", "%", "circumferential strain at end-systole"),
+                            ("Err", "%", "radial strain at end-systole")):
         out |= {f"{key}_{k}": Phenotype(unit, LEVEL_SEEN[place.split()[0]], f"{name}, {place}") for k, place in SEGMENTS.items()}
         out |= {f"{key}_global": Phenotype(unit, "inferable", f"{name}, mean of the 16 segments")}
-    out |= {f"Ell_{k + 1}": Phenotype("%", "inferable" if SEGMENTS[place].split()[0] != "apical" else "invisible", f"longitudinal strain at end-systole, {SEGMENTS[place]}")
-            for k, place in enumerate(LONG_AXIS)}
+    out |= {f"Ell_{k + 1}": Phenotype("%", "invisible" if SEGMENTS[place].startswith("apical") else "inferable",
+                                      f"longitudinal strain at end-systole, {SEGMENTS[place]}") for k, place in enumerate(LONG_AXIS)}
     return out | {"Ell_global": Phenotype("%", "inferable", "longitudinal strain at end-systole, mean of the 6 segments")}
 
 PHENOTYPES = list_phenotypes()
@@ -80,9 +97,9 @@ class Group:
 GROUP = {
     "NOR": Group("healthy", 0.40),
     "DCM": Group("dilated cardiomyopathy", 0.12, (1.65, 0.16), (28, 7), (0.95, 0.05), 0.9, (1.10, 0.12), 10, 1.45, 0.93),
-    "HCM": Group("hypertrophic cardiomyopathy", 0.12, (0.92, 0.10), (69, 5), (1.55, 0.13), 0.75, (0.92, 0.08), 1, 1.35),
+    "HCM": Group("hypertrophic cardiomyopathy", 0.12, (0.92, 0.10), (67, 4.5), (1.55, 0.13), 0.75, (0.96, 0.08), 1, 1.35),
     "MINF": Group("infarct with a low ejection fraction", 0.14, (1.28, 0.15), (39, 7), (1.05, 0.06), 0.9, (1.0, 0.08), 4, 1.25, 0.97),
-    "RV": Group("overloaded right ventricle", 0.08, (0.92, 0.10), (57, 6), (1.0, 0.05), 0.95, (1.65, 0.16), 8, 1.05),
+    "RV": Group("overloaded right ventricle", 0.08, (0.92, 0.10), (57, 6), (1.0, 0.05), 0.82, (1.60, 0.15), 8, 1.05),
     "AMY": Group("amyloid-like thick walls", 0.06, (0.88, 0.10), (51, 7), (1.95, 0.11), 0.55, (0.95, 0.10), 10, 1.55),
     "ATH": Group("athlete", 0.08, (1.30, 0.10), (57, 4), (1.22, 0.06), 1.05, (1.32, 0.10), -12, 1.20),
 }
@@ -97,8 +114,8 @@ class Territory:
     reach: tuple[float, float] # from, to: share of the long axis, 0 apex, 1 base
 
 TERRITORIES = {"LAD": Territory(125.0, 62.0, (-0.3, 0.90)), "RCA": Territory(242.0, 52.0, (0.15, 1.3)), "LCX": Territory(338.0, 56.0, (0.12, 1.3))}
-SEXES = {  # means of men and women: mL per m2 of body surface, per cent, mm, m2 (volumes and EF after Petersen et al. 2017, healthy people of UK Biobank)
-    "LVEDV": (85.0, 73.0), "LVEF": (58.0, 61.0), "RVEDV": (93.0, 77.0), "WT_global": (6.35, 5.3), "surface": (1.97, 1.70), "LAVmax": (36.0, 36.0), "RAVmax": (46.0, 41.0)}
+SEXES = {  # means of men and women: mL per m2 of body surface, per cent, mm, m2 (LVEF after Petersen et al. 2017; the rest ours, beside Hudsmith et al. 2005)
+    "LVEDV": (85.0, 73.0), "LVEF": (58.0, 61.0), "RVEDV": (93.0, 77.0), "WT_global": (6.35, 5.3), "surface": (1.97, 1.70), "LAVmax": (40.0, 40.0), "RAVmax": (48.0, 44.0)}
 SIMULATOR = 20                # keeps these random numbers apart from those of other rooms
 SETTINGS = ("rate", "LVEDV", "LVEF", "WT_global", "RVEDV", "LAVmax", "RAVmax")   # may be held by `given`, and are what they say (RVEF follows from SV)
 SLOWEST, FASTEST = 42.0, 115.0   # beats per minute at rest
@@ -112,6 +129,25 @@ def draw_chances(
 ) -> tuple[np.ndarray, np.ndarray]:
     "(n, normals) and (n, uniforms): person k's chances do not depend on n, nor on anything that is given."
     return (np.random.default_rng([SIMULATOR, seed, 0]).standard_normal((n, normals)), np.random.default_rng([SIMULATOR, seed, 1]).random((n, uniforms)))
+
+LIMITS = {"rate": (30.0, 160.0), "LVEDV": (50.0, 450.0), "LVEF": (8.0, 80.0), "WT_global": (3.5, 22.0), "RVEDV": (50.0, 500.0),
+          "LAVmax": (15.0, 250.0), "RAVmax": (15.0, 250.0)}   # what may be given
+
+def hold(
+    anatomy: dict[str, np.ndarray],       # column -> (n,)
+    given: Mapping[str, object] | None,   # setting -> one value, or n of them
+) -> None:
+    "Overrule drawn settings in place. Raises `ValueError` for a name or a value that cannot be."
+    for name, value in (given or {}).items():
+        if name not in LIMITS:
+            raise ValueError(f"{name!r} is no setting of the anatomy; there are {', '.join(SETTINGS)}")
+        low, high = LIMITS[name]
+        value = np.asarray(value, dtype=float)
+        if not (np.isfinite(value) & (value >= low) & (value <= high)).all():
+            raise ValueError(f"given {name} must lie in {low:g}...{high:g}, got {value.min():g}...{value.max():g}")
+        if value.shape not in ((), (len(anatomy["rate"]),)):
+            raise ValueError(f"given {name} has shape {value.shape}: one value, or one for each of {len(anatomy['rate'])} people")
+        anatomy[name] = np.broadcast_to(value, anatomy["rate"].shape).copy()
 
 # %% ../../nbs/20_cmr_data.ipynb #fdfa5fe2
 def prevalences(
@@ -135,25 +171,6 @@ def draw_groups(
     if not set(forced) <= set(GROUPS):
         raise ValueError(f"unknown groups {sorted(set(forced) - set(GROUPS))}; there are {', '.join(GROUPS)}")
     return forced.copy()
-
-# %% ../../nbs/20_cmr_data.ipynb #80fb0b43
-LIMITS = {"rate": (30.0, 160.0), "LVEDV": (50.0, 450.0), "LVEF": (8.0, 80.0), "WT_global": (3.5, 22.0), "RVEDV": (50.0, 500.0), "LAVmax": (15.0, 250.0), "RAVmax": (15.0, 250.0)}
-
-def hold(
-    anatomy: dict[str, np.ndarray],       # column -> (n,)
-    given: Mapping[str, object] | None,   # setting -> one value, or n of them
-) -> None:
-    "Overrule drawn settings in place. Raises `ValueError` for a name or a value that cannot be."
-    for name, value in (given or {}).items():
-        if name not in LIMITS:
-            raise ValueError(f"{name!r} is no setting of the anatomy; there are {', '.join(SETTINGS)}")
-        low, high = LIMITS[name]
-        value = np.asarray(value, dtype=float)
-        if not (np.isfinite(value) & (value >= low) & (value <= high)).all():
-            raise ValueError(f"given {name} must lie in {low:g}...{high:g}, got {value.min():g}...{value.max():g}")
-        if value.shape not in ((), (len(anatomy["rate"]),)):
-            raise ValueError(f"given {name} has shape {value.shape}: one value, or one for each of {len(anatomy['rate'])} people")
-        anatomy[name] = np.broadcast_to(value, anatomy["rate"].shape).copy()
 
 # %% ../../nbs/20_cmr_data.ipynb #d4e8c9df
 def draw_population(
@@ -188,9 +205,9 @@ def draw_population(
     shape_columns(a, z, u)
     infarct_columns(a, z, u)
     clock_columns(a, z)
-    hold(a, {key: value for key, value in (given or {}).items() if not key.endswith("AVmax")})
-    neighbour_columns(a, z, usual, of("atrium"))
-    hold(a, given)
+    later = {key: value for key, value in (given or {}).items() if key in ("LAVmax", "RAVmax")}
+    hold(a, {key: value for key, value in (given or {}).items() if key not in later})
+    neighbour_columns(a, z, usual, of("atrium"), later)
     return pd.DataFrame(a)
 
 # %% ../../nbs/20_cmr_data.ipynb #a911fe1e
@@ -210,10 +227,10 @@ def shape_columns(
     a["bump"], a["bump angle"] = bump, np.radians(160 + 18 * next(z))
     a["bump reach"] = np.where(group == "HCM", 0.30 + 0.35 * next(u), 0.6 + 0 * next(u))          # how far it comes down from the base
     a["taper"] = np.clip(0.28 + 0.06 * next(z), 0.1, 0.45)                                        # thinner towards the apex
-    a["tip"] = 0.10 * next(z)                                                                     # the apical third's own thickness
+    a["tip"] = 0.14 * next(z)                                                                     # the apical third's own thickness
     a["pull"], a["pull angle"] = 0.10 * np.abs(next(z)), np.radians(20 + 45 * next(z))            # the lateral wall pulls a little more
     a["apex pull"] = np.where(group == "AMY", 0.55, 0.15) + 0.08 * next(z)                        # the apex pulls more; amyloid spares it
-    a["tip pull"] = 0.12 * next(z)
+    a["tip pull"] = 0.18 * next(z)
     a["twist"] = np.radians(np.where(np.isin(group, ("DCM", "AMY")), 6, 12) + 2.5 * next(z))      # apex against base at end-systole
     a["right angle"] = np.radians(181 + 5 * next(z))                                              # middle of the right ventricle, seen from the left one
     a["right half"] = np.radians(np.where(sick, 84, 78) + 3 * next(z))                            # half the angle that it takes
@@ -252,14 +269,16 @@ def neighbour_columns(
     z,                         # chances
     usual,                     # name -> mean of this sex
     atrium: np.ndarray,        # (n,) factor of the group
+    given: Mapping[str, object],   # settings of the atria
 ) -> None:
     "Atria and aorta: they are in no short-axis slice, but they live with the ventricle (larger atria behind stiff walls, stiffer aortas with age). Laws are ours."
     stiff = (a["WT_global"] / 6.2) ** 0.25
     a["LAVmax"] = usual("LAVmax") * a["surface"] * atrium * stiff * (a["LVEDV"] / 145) ** 0.3 * np.exp(0.004 * (a["age"] - 61) + 0.15 * next(z))
     a["RAVmax"] = usual("RAVmax") * a["surface"] * (a["RVEDV"] / 155) ** 0.6 * np.exp(0.16 * next(z))
+    hold(a, given)
     stroke = a["LVEDV"] * a["LVEF"] / 100
-    a["LASV"] = stroke * np.clip(0.46 + 0.05 * next(z), 0.3, 0.62)          # what the atrium stores of a stroke; the rest runs through
-    a["RASV"] = stroke * a["leak"] * np.clip(0.42 + 0.05 * next(z), 0.25, 0.6)
+    a["LASV"] = at_most(stroke * np.clip(0.43 + 0.05 * next(z), 0.25, 0.62), MOST_ATRIUM * a["LAVmax"])   # what the atrium stores of a stroke; the rest runs through
+    a["RASV"] = at_most(stroke * a["leak"] * np.clip(0.40 + 0.05 * next(z), 0.25, 0.6), MOST_ATRIUM * a["RAVmax"])
     a["pulse"] = np.clip(44 + 0.5 * (a["age"] - 61) + 9 * next(z), 22, 95)  # mmHg
     soft = np.exp(-0.030 * (a["age"] - 61) + 0.28 * next(z))
     a["AAo_distensibility"], a["DAo_distensibility"] = 1.7 * soft, 2.3 * soft * np.exp(0.15 * next(z))   # per 1000 mmHg
@@ -267,7 +286,16 @@ def neighbour_columns(
     a["AAo diameter"] = 31.0 * np.exp(wide + 0.003 * (a["age"] - 61) + 0.05 * next(z))                    # mm, at its widest
     a["DAo diameter"] = 24.5 * np.exp(wide + 0.004 * (a["age"] - 61) + 0.04 * next(z))
 
-# %% ../../nbs/20_cmr_data.ipynb #aaf44ee6
+# %% ../../nbs/20_cmr_data.ipynb #028d135e
+MOST_RIGHT, MOST_ATRIUM = 0.82, 0.80   # share of its volume that a right ventricle, an atrium can give
+
+def at_most(
+    x: np.ndarray,     # anything above 0
+    most: np.ndarray,
+) -> np.ndarray:
+    "x, softly bounded: nearly x below 0.8 of `most`, never above it."
+    return x / (1 + (x / most) ** 8) ** (1 / 8)
+
 def step(
     x: np.ndarray,  # 0 begin, 1 end
 ) -> np.ndarray:
@@ -329,90 +357,40 @@ FLATTEN = math.radians(52)  # half the width of what the right ventricle pushes 
 SEPTUM = math.radians(58)   # half the width of a septal bump
 LOWEST = 0.12               # an inner radius never falls below this share of its diastolic one: walls would meet
 RIGHT_FROM = 0.08           # the right ventricle begins this far up the long axis
+OUTFLOW = 0.28              # share of the right ventricle that lies above the left one's base, on the way to the lungs
 DENSITY = 1.05              # g/mL of muscle
 CAP = 1.0                   # the wall beyond the cavity's apex is this many apical thicknesses deep
 
-class Hearts:
-    """n beating hearts. Lengths in mm. Places of tissue are told by where they lie at end-diastole: s along (0 apex, 1 base of the cavity), an angle around the long
-    axis (0 lateral, 90 degrees anterior, 180 septal) and a radius.
+def rest_form(
+    a: Mapping[str, np.ndarray],   # anatomy, each (n, 1, 1)
+    s: np.ndarray,                 # along the long axis, 0 apex, 1 base; broadcasts to (n, frames, places)
+    angle: np.ndarray,             # radians: 0 lateral, pi/2 anterior, pi septal
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "Inner radius and wall thickness (both up to a factor that `Hearts` finds) and pull at end-diastole."
+    half = 1 / (1 + TRUNCATED)
+    profile = np.sqrt(np.clip(1 - ((s - half) / half) ** 2, 1e-6, None))
+    pushed = a["flat"] * np.exp(-((away(angle, a["right angle"]) / FLATTEN) ** 2))
+    inner = profile * (1 + a["oval"] * np.cos(2 * (angle - a["oval angle"])) - pushed)
+    tip = step((0.45 - s) / 0.3)
+    around = a["uneven"] * np.cos(angle - a["uneven angle"]) + a["wave"] * np.cos(2 * (angle - a["wave angle"]))
+    bump = a["bump"] * np.exp(-((away(angle, a["bump angle"]) / SEPTUM) ** 2)) * step((s - a["bump reach"] + 0.35) / 0.35)
+    dead = a["dead"] * hill(away(angle, a["dead angle"]) / a["dead half"]) * step((s - a["dead from"]) / 0.15 + 0.5) * step((a["dead to"] - s) / 0.15 + 0.5)
+    wall = (1 - a["taper"] * (1 - s) ** 2) * np.exp(a["tip"] * tip) * (1 + around + bump) * (1 - a["dead thin"] * dead)
+    lively = 1 + a["pull"] * np.cos(angle - a["pull angle"]) + a["apex pull"] * (0.5 - s) + a["tip pull"] * tip
+    lively = lively / (1 + 0.45 * bump)                                 # a thick septum pulls less
+    return inner, wall, lively * (1 - (1 - a["dead pull"]) * dead)
 
-    Motion: the long axis shortens by a stretch that is the same everywhere, slices turn against each other, inner radii shrink by `pull` times a factor that is solved for
-    so that the cavity has the volume asked for; outer radii follow from incompressibility. Raises `ValueError` without a row."""
+def right_form(
+    a: Mapping[str, np.ndarray],   # anatomy, each (n, 1, 1)
+    s: np.ndarray,
+    angle: np.ndarray,
+) -> np.ndarray:
+    "Depth of the right ventricle as a share of its deepest: none at the apex, none away from the septum, more in front than below."
+    x = away(angle, a["right angle"]) / a["right half"]
+    around = np.clip(1 - x * x, 0, None) ** 1.15 * (1 - 0.22 * x)
+    return around * (1 - np.clip((1 - s) / (1 - RIGHT_FROM), 0, 1) ** 3)
 
-    def __init__(self, anatomy: pd.DataFrame):   # from `draw_population`
-        if len(anatomy) == 0:
-            raise ValueError("no hearts: the anatomy has no row")
-        self.anatomy = anatomy
-        self.a = {name: anatomy[name].to_numpy(dtype=float)[:, None, None] for name in anatomy.columns if name not in ("group", "territory")}
-        a = self.a
-        self.length = a["length"] * (1000 * a["LVEDV"]) ** (1 / 3)          # of the cavity
-        s, angle = (np.arange(LEVELS) + 0.5) / LEVELS, (np.arange(AROUND) + 0.5) / AROUND * TWO_PI
-        self.grid = np.repeat(s, AROUND)[None, None], np.tile(angle, LEVELS)[None, None]
-        self.patch = self.length / LEVELS * TWO_PI / AROUND                 # mm x radian of one place
-        self.radius, self.thick = 1.0, 1.0
-        inner, wall, self.pull = self.at_rest(*self.grid)
-        self.thick = a["WT_global"] / segment_means(wall)[..., :16].mean(-1, keepdims=True)
-        self.radius = np.sqrt(1000 * a["LVEDV"] / (self.patch * (inner**2 / 2).sum(-1, keepdims=True)))
-        self.inner, self.wall = self.radius * inner, self.thick * wall
-        self.sums = [self.patch * (self.inner**2 / 2 * self.pull**k).sum(-1, keepdims=True) for k in range(3)]
-        self.right = self.right_shape(*self.grid)
-        self.cap = 2 / 3 * math.pi * CAP * self.wall[..., :AROUND].mean(-1) ** 3   # mm3 of muscle below the cavity
-        self.muscle = ((self.patch * self.wall * (self.wall / 2 + self.inner)).sum(-1) + self.cap)[:, 0] / 1000   # mL of muscle
-
-    def at_rest(self, s: np.ndarray, angle: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        "Inner radius, wall thickness and pull at end-diastole; s and angle broadcast to (n, frames, places)."
-        a, half = self.a, 1 / (1 + TRUNCATED)
-        profile = np.sqrt(np.clip(1 - ((s - half) / half) ** 2, 1e-6, None))
-        pushed = a["flat"] * np.exp(-((away(angle, a["right angle"]) / FLATTEN) ** 2))
-        inner = self.radius * profile * (1 + a["oval"] * np.cos(2 * (angle - a["oval angle"])) - pushed)
-        tip = step((0.45 - s) / 0.3)
-        around = a["uneven"] * np.cos(angle - a["uneven angle"]) + a["wave"] * np.cos(2 * (angle - a["wave angle"]))
-        bump = a["bump"] * np.exp(-((away(angle, a["bump angle"]) / SEPTUM) ** 2)) * step((s - a["bump reach"] + 0.35) / 0.35)
-        dead = a["dead"] * hill(away(angle, a["dead angle"]) / a["dead half"]) * step((s - a["dead from"]) / 0.15 + 0.5) * step((a["dead to"] - s) / 0.15 + 0.5)
-        wall = self.thick * (1 - a["taper"] * (1 - s) ** 2) * np.exp(a["tip"] * tip) * (1 + around + bump) * (1 - a["dead thin"] * dead)
-        lively = 1 + a["pull"] * np.cos(angle - a["pull angle"]) + a["apex pull"] * (0.5 - s) + a["tip pull"] * tip
-        lively = lively / (1 + 0.45 * bump)                                 # a thick septum pulls less
-        return inner, wall, lively * (1 - (1 - a["dead pull"]) * dead)
-
-    def right_shape(self, s: np.ndarray, angle: np.ndarray) -> np.ndarray:
-        "Depth of the right ventricle as a share of its deepest, 0...1: none at the apex, none beside the septum."
-        x = away(angle, self.a["right angle"]) / self.a["right half"]
-        return np.clip(1 - x * x, 0, None) ** 0.85 * np.sqrt(np.clip((s - RIGHT_FROM) / (1 - RIGHT_FROM), 0, 1))
-
-    def state(self, phase: np.ndarray) -> dict[str, np.ndarray]:
-        "Volumes (mL), stretch, squeeze, turn and depth of the right ventricle at (frames,) or (n, frames) phases: each (n, frames, 1)."
-        a, work = self.a, (1 - fullness(self.anatomy, phase))[..., None]
-        stroke = a["LVEDV"] * a["LVEF"] / 100
-        left, right = a["LVEDV"] - stroke * work, a["RVEDV"] - np.minimum(stroke * a["leak"], 0.8 * a["RVEDV"]) * work
-        stretch = 1 - a["long"] * a["LVEF"] / 100 * work
-        s0, s1, s2 = self.sums
-        squeeze = (s1 - np.sqrt(np.clip(s1**2 - s2 * (s0 - 1000 * left / stretch), 0, None))) / s2
-        out = {"left": left, "right": right, "stretch": stretch, "squeeze": squeeze, "turn": a["twist"] * work, "work": work}
-        _, outer = self.radii(self.inner, self.wall, self.pull, out)
-        one, two = ((self.patch * part).sum(-1, keepdims=True) for part in (outer * self.right, self.right**2 / 2))
-        return out | {"depth": (np.sqrt(one**2 + 4 * two * 1000 * right / stretch) - one) / (2 * two)}
-
-    def radii(self, inner: np.ndarray, wall: np.ndarray, pull: np.ndarray, state: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        "Inner and outer radius of the wall in a state: what the long axis loses, the wall's cross-section gains."
-        now = inner * np.maximum(1 - pull * state["squeeze"], LOWEST)
-        return now, np.sqrt(now**2 + wall * (wall + 2 * inner) / state["stretch"])
-
-    def wall_volume(self, state: Mapping[str, np.ndarray]) -> np.ndarray:
-        "mm3 of muscle around the cavity, summed over the grid, (n, frames)."
-        inner, outer = self.radii(self.inner, self.wall, self.pull, state)
-        return (self.patch * state["stretch"] * (outer**2 - inner**2) / 2).sum(-1)
-
-    def cavity_volume(self, state: Mapping[str, np.ndarray]) -> np.ndarray:
-        "mm3 of the left cavity, summed over the grid, (n, frames)."
-        inner, _ = self.radii(self.inner, self.wall, self.pull, state)
-        return (self.patch * state["stretch"] * inner**2 / 2).sum(-1)
-
-    def right_volume(self, state: Mapping[str, np.ndarray]) -> np.ndarray:
-        "mm3 of the right cavity, summed over the grid, (n, frames)."
-        _, outer = self.radii(self.inner, self.wall, self.pull, state)
-        return (self.patch * state["stretch"] * ((outer + state["depth"] * self.right) ** 2 - outer**2) / 2).sum(-1)
-
-# %% ../../nbs/20_cmr_data.ipynb #3fe109f9
+# %% ../../nbs/20_cmr_data.ipynb #0b3c8f91
 def segment_of() -> np.ndarray:
     "AHA segment (0...15) of each of the LEVELS x AROUND places of the grid."
     level, angle = np.repeat(np.arange(LEVELS), AROUND), np.tile((np.arange(AROUND) + 0.5) / AROUND * 360, LEVELS)
@@ -430,7 +408,72 @@ def segment_means(
     "Mean in each of the 16 segments, (..., 16)."
     return values @ SEGMENT_MEAN
 
-# %% ../../nbs/20_cmr_data.ipynb #8e13c81e
+class Hearts:
+    """n hearts that can beat. Lengths in mm; angles as in `rest_form`. Tissue is told by where it lies at end-diastole. Raises `ValueError` without a row.
+
+    What is kept on a grid of LEVELS x AROUND places, each (n, 1, places): `inner` radius, `wall` thickness, `pull`, `right` (depth of the right ventricle as a share)."""
+
+    def __init__(self, anatomy: pd.DataFrame):   # from `draw_population`
+        if len(anatomy) == 0:
+            raise ValueError("no hearts: the anatomy has no row; draw a population of at least one")
+        self.anatomy = anatomy
+        self.a = {name: anatomy[name].to_numpy(dtype=float)[:, None, None] for name in anatomy.columns if name not in ("group", "territory")}
+        self.length = self.a["length"] * (1000 * self.a["LVEDV"]) ** (1 / 3)   # of the cavity at end-diastole
+        self.patch = self.length / LEVELS * TWO_PI / AROUND                    # mm x radian that one place of the grid stands for
+        s, angle = (np.arange(LEVELS) + 0.5) / LEVELS, (np.arange(AROUND) + 0.5) / AROUND * TWO_PI
+        self.grid = np.repeat(s, AROUND)[None, None], np.tile(angle, LEVELS)[None, None]
+        inner, wall, self.pull = rest_form(self.a, *self.grid)
+        self.radius = np.sqrt(1000 * self.a["LVEDV"] / (self.patch * (inner**2 / 2).sum(-1, keepdims=True)))
+        self.thick = self.a["WT_global"] / segment_means(wall).mean(-1, keepdims=True)
+        self.inner, self.wall = self.radius * inner, self.thick * wall
+        self.right = right_form(self.a, *self.grid)
+        self.sums = [self.patch * (self.inner**2 / 2 * self.pull**k).sum(-1, keepdims=True) for k in range(3)]
+        cap = 2 / 3 * math.pi * CAP * self.wall[..., :AROUND].mean(-1) ** 3    # mm3 of muscle beyond the cavity's apex
+        self.muscle = ((self.patch * self.wall * (self.wall / 2 + self.inner)).sum(-1) + cap)[:, 0] / 1000   # mL, (n,)
+
+    def at_rest(self, s: np.ndarray, angle: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        "Inner radius (mm), wall (mm) and pull at any places."
+        inner, wall, pull = rest_form(self.a, s, angle)
+        return self.radius * inner, self.thick * wall, pull
+
+# %% ../../nbs/20_cmr_data.ipynb #1ecf9bba
+def squeeze_walls(
+    inner: np.ndarray,   # mm at end-diastole
+    wall: np.ndarray,    # mm
+    pull: np.ndarray,    # 1: shrinks like the average
+    state: Mapping[str, np.ndarray],   # `stretch` and `squeeze`
+) -> tuple[np.ndarray, np.ndarray]:
+    "Inner and outer radius (mm) in a state. What the long axis loses, the wall's cross-section gains: that is incompressibility, ray by ray."
+    now = inner * np.maximum(1 - pull * state["squeeze"], LOWEST)
+    return now, np.sqrt(now**2 + wall * (wall + 2 * inner) / state["stretch"])
+
+def beat(
+    hearts: Hearts,
+    phase: np.ndarray,   # (frames,) or (n, frames) shares of a beat
+) -> dict[str, np.ndarray]:
+    """State of the hearts, each (n, frames, 1): volumes `left`, `right` (mL), `stretch` of the long axis, `squeeze` that gives the left cavity its volume
+    (a quadratic equation), `depth` of the right cavity (mm; another one), `turn` of the base against the apex (radians), `work` 0...1."""
+    a, work = hearts.a, (1 - fullness(hearts.anatomy, phase))[..., None]
+    stroke = a["LVEDV"] * a["LVEF"] / 100
+    left, right = a["LVEDV"] - stroke * work, a["RVEDV"] - at_most(stroke * a["leak"], MOST_RIGHT * a["RVEDV"]) * work
+    stretch = 1 - a["long"] * a["LVEF"] / 100 * work
+    s0, s1, s2 = hearts.sums
+    squeeze = (s1 - np.sqrt(np.clip(s1**2 - s2 * (s0 - 1000 * left / stretch), 0, None))) / s2
+    state = {"left": left, "right": right, "stretch": stretch, "squeeze": squeeze, "turn": a["twist"] * work, "work": work}
+    _, outer = squeeze_walls(hearts.inner, hearts.wall, hearts.pull, state)
+    one, two = ((hearts.patch * part).sum(-1, keepdims=True) for part in (outer * hearts.right, hearts.right**2 / 2))
+    return state | {"depth": (np.sqrt(one**2 + 4 * two * 1000 * (1 - OUTFLOW) * right / stretch) - one) / (2 * two)}
+
+def volumes(
+    hearts: Hearts,
+    state: Mapping[str, np.ndarray],   # from `beat`
+) -> dict[str, np.ndarray]:
+    "Summed over the grid, (n, frames) mL: `LV` and `RV` cavities, `wall` of the left ventricle beside its cavity."
+    inner, outer = squeeze_walls(hearts.inner, hearts.wall, hearts.pull, state)
+    add = lambda area: (hearts.patch * state["stretch"] * area / 2).sum(-1) / 1000
+    return {"LV": add(inner**2), "RV": add((outer + state["depth"] * hearts.right) ** 2 - outer**2) / (1 - OUTFLOW), "wall": add(outer**2 - inner**2)}
+
+# %% ../../nbs/20_cmr_data.ipynb #59e40f1c
 def arc_lengths(
     radius: np.ndarray,  # (..., LEVELS, AROUND) mm
 ) -> np.ndarray:
@@ -447,7 +490,6 @@ def long_lengths(
     shape = radius.shape[:-2] + (3, LEVELS // 3, radius.shape[-1])
     return np.sqrt(np.diff(radius.reshape(shape), axis=-2) ** 2 + rise[..., None] ** 2).sum(-2)
 
-# %% ../../nbs/20_cmr_data.ipynb #59e40f1c
 PEOPLE_AT_ONCE = 64   # what is worked on stays near the processor (fastest of 8, 16, 32, 64, 512)
 
 def strains(
@@ -455,7 +497,7 @@ def strains(
     state: Mapping[str, np.ndarray],  # at end-diastole and end-systole: two frames
 ) -> dict[str, np.ndarray]:
     "WT (mm, end-diastole), Ecc and Err (per cent, end-systole against end-diastole) of 16 segments and Ell of 6, from the places of tissue half way through the wall."
-    inner, outer = hearts.radii(hearts.inner, hearts.wall, hearts.pull, state)
+    inner, outer = squeeze_walls(hearts.inner, hearts.wall, hearts.pull, state)
     middle = np.sqrt(inner**2 + hearts.wall * (hearts.wall / 4 + hearts.inner) / state["stretch"])   # tissue that lay half way at rest
     mesh = middle.reshape(*middle.shape[:2], LEVELS, AROUND)
     thick, arc = segment_means(outer - inner), segment_means(arc_lengths(mesh).reshape(middle.shape))
@@ -468,7 +510,7 @@ def strains(
         parts.append(change(meridian[:, :, third][..., inside].mean(-1)))
     return {"WT": thick[:, 0], "Err": change(thick), "Ecc": change(arc), "Ell": np.stack(parts, axis=1)}
 
-# %% ../../nbs/20_cmr_data.ipynb #d6b1cb39
+# %% ../../nbs/20_cmr_data.ipynb #e85e29fa
 def ball(
     volume: np.ndarray,  # mL
 ) -> np.ndarray:
@@ -480,15 +522,15 @@ def measure_part(
 ) -> dict[str, np.ndarray]:
     "The 82, by name, each (n,)."
     hearts = Hearts(anatomy)
-    state = hearts.state(np.stack([np.zeros(len(anatomy)), end_systole(anatomy)], axis=1))
-    out = {}
-    for side, volume in (("LV", hearts.cavity_volume(state)), ("RV", hearts.right_volume(state))):
-        (full, empty) = volume.T / 1000
+    state = beat(hearts, np.stack([np.zeros(len(anatomy)), end_systole(anatomy)], axis=1))
+    found, out = volumes(hearts, state), {}
+    for side in ("LV", "RV"):
+        full, empty = found[side].T
         out |= {f"{side}EDV": full, f"{side}ESV": empty, f"{side}SV": full - empty, f"{side}EF": 100 * (full - empty) / full}
     out |= {"LVCO": out["LVSV"] * anatomy["rate"].to_numpy() / 1000, "LVM": DENSITY * hearts.muscle}
     for side in ("LA", "RA"):
         wide = ball(anatomy[f"{side}Vmax"].to_numpy())       # an ellipsoid, and the same one emptied
-        narrow = ball(np.maximum(anatomy[f"{side}Vmax"] - anatomy[f"{side}SV"], 0.25 * anatomy[f"{side}Vmax"]).to_numpy())
+        narrow = ball((anatomy[f"{side}Vmax"] - anatomy[f"{side}SV"]).to_numpy())
         full, empty = (4 / 3 * math.pi * 1.2 * axis**3 / 1000 for axis in (wide, narrow))
         out |= {f"{side}Vmax": full, f"{side}Vmin": empty, f"{side}SV": full - empty, f"{side}EF": 100 * (full - empty) / full}
     for side in ("AAo", "DAo"):
@@ -505,3 +547,837 @@ def phenotypes_of(
     "The 82 PHENOTYPES (n rows), all measured on the model at end-diastole and end-systole; nothing is drawn."
     parts = [measure_part(anatomy.iloc[start : start + PEOPLE_AT_ONCE]) for start in range(0, len(anatomy), PEOPLE_AT_ONCE)]
     return pd.DataFrame({name: np.concatenate([part[name] for part in parts]) for name in PHENOTYPES})
+
+# %% ../../nbs/20_cmr_data.ipynb #788db461
+FRAMES, SIZE = 20, 48     # of a small video; the paper's has 50 frames of 96 x 96
+FIELD = 134.4             # mm that a video shows: 1.4 mm a pixel at 96 (ours)
+LABELS = {"RV": 1, "myocardium": 2, "LV": 3}   # ACDC's numbers; 0 is everything else
+BEARINGS = 256            # directions in which borders are kept
+SLICE = 0.5               # where the slice lies along the cavity's long axis at end-diastole
+
+def cut(
+    hearts: Hearts,
+    phase: np.ndarray,  # (frames,) shares of a beat
+    slice_at: np.ndarray | float = SLICE,  # height over the apex, share of the long axis at end-diastole; (n,) or one
+) -> dict[str, np.ndarray]:
+    """Borders in a plane that stays where it is while the heart moves through it: mm from the long axis in BEARINGS directions, (n, frames, BEARINGS).
+
+    `inner`, `outer`, `right` now; `inner rest`, `outer rest`, `right rest` of the same tissue at end-diastole; `s` (n, frames, 1): which tissue is in the plane."""
+    state = beat(hearts, phase)
+    s = np.clip(np.broadcast_to(slice_at, (len(hearts.anatomy),))[:, None, None] / state["stretch"], 0, 1)
+    angle = np.arange(BEARINGS) / BEARINGS * TWO_PI - state["turn"] * s           # of the tissue that is seen in that direction
+    rest, wall, pull = hearts.at_rest(s, angle)
+    shape = right_form(hearts.a, s, angle)
+    inner, outer = squeeze_walls(rest, wall, pull, state)
+    begin = beat(hearts, np.zeros(1))["depth"]
+    return {"inner": inner, "outer": outer, "right": outer + state["depth"] * shape, "inner rest": rest, "outer rest": rest + wall,
+            "right rest": rest + wall + begin * shape, "s": s, "turn": state["turn"] * s, "stretch": state["stretch"], "work": state["work"]}
+
+# %% ../../nbs/20_cmr_data.ipynb #4ebbe5f1
+GRAIN = 24        # cells of a texture across CANVAS: smooth on 7 mm, 2.4 pixels of a small video
+CANVAS = 168.0    # mm across textures and background
+PIXELS = 112      # of the background, 1.5 mm each
+LOOKS = 0.035     # spread of texture, in units of the blood's signal
+NOISE = 0.018     # spread of each of the two channels whose length a scanner shows (Rician)
+VESSELS = 14      # bright spots in the lung
+
+def draw_looks(
+    n: int,           # people
+    seed: int,        # which people
+    population: int,  # another scanner: noise, contrast, coil
+    start: int = 0,   # number of the first one
+) -> dict[str, np.ndarray]:
+    "What chance decides about pictures, not about hearts: (n, ...) each. Person k's does not depend on n."
+    chances = [np.random.default_rng([SIMULATOR, seed, 2, start + k]) for k in range(n)]
+    world = np.random.default_rng([SIMULATOR, 8, population])
+    other = world.standard_normal(6) * (population != 0)
+    z, u = np.stack([rng.standard_normal(48) for rng in chances]), np.stack([rng.random(64) for rng in chances])
+    look = {"grain": np.stack([rng.standard_normal((4, GRAIN, GRAIN), dtype=np.float32) for rng in chances]), "z": z, "u": u,
+            "around": np.stack([rng.standard_normal((3, 2, 20)) for rng in chances]), "rng": chances}
+    look["blood"] = 0.86 + 0.04 * z[:, 0] + 0.05 * other[0]
+    look["muscle"] = 0.30 + 0.025 * z[:, 1] + 0.04 * other[1]
+    look["lung"] = 0.06 + 0.015 * np.abs(z[:, 2]) + 0.02 * abs(other[2])
+    look["fat"] = 0.68 + 0.06 * z[:, 3] + 0.06 * other[3]
+    look["liver"] = 0.34 + 0.05 * z[:, 4] + 0.05 * other[4]
+    look["noise"] = NOISE * np.exp(0.2 * z[:, 5] + 0.4 * other[5])
+    look["bias"] = np.stack([-0.10 + 0.05 * z[:, 6], 0.08 + 0.05 * z[:, 7], 0.05 * z[:, 8]], axis=1) * (1 + abs(other[4]))
+    look["aside"] = 2.5 * z[:, 9:11]                    # mm that the crop misses the middle by
+    look["drift"] = np.stack([-1.0 + 0.8 * z[:, 11], 0.6 + 0.8 * z[:, 12]], axis=1)   # mm that the ventricle moves at full contraction
+    look["breath"] = np.stack([0.2 * z[:, 13], 0.7 * z[:, 14]], axis=1)               # mm over the beat: nobody holds it perfectly
+    look["slice"] = SLICE + 0.025 * z[:, 15]
+    return look
+
+def rings(
+    waves: np.ndarray,  # (n, 2, k) bell-shaped numbers
+    lowest: int,        # waves around the circle, at least
+) -> np.ndarray:
+    "Smooth random functions of direction, (n, BEARINGS), spread 1."
+    angle = np.arange(BEARINGS) / BEARINGS * TWO_PI
+    k = lowest + np.arange(waves.shape[-1])
+    return (waves[:, 0] @ np.cos(k[:, None] * angle) + waves[:, 1] @ np.sin(k[:, None] * angle)) / math.sqrt(len(k))
+
+# %% ../../nbs/20_cmr_data.ipynb #ad3c0a89
+def ramp(
+    distance: torch.Tensor,  # mm inside a border (negative: outside)
+    soft: float,             # mm over which it goes from 0 to 1: a pixel that lies half inside counts half
+) -> torch.Tensor:
+    "Share of a pixel that lies inside."
+    return (distance / soft + 0.5).clamp_(0, 1)
+
+def paint_around(
+    look: Mapping[str, np.ndarray],
+    reach: np.ndarray,  # (n, 2) mm from the picture's middle: how far the heart goes up and to the left, and down
+) -> torch.Tensor:
+    "Everything but the heart, (n, 1, PIXELS, PIXELS): lung with vessels, chest wall, diaphragm with liver and stomach, descending aorta."
+    at = (torch.arange(PIXELS) + 0.5) / PIXELS * CANVAS - CANVAS / 2
+    x, y, u, z = at[None, None, :], -at[None, :, None], look["u"], look["z"]
+    of = lambda values: torch.as_tensor(np.asarray(values), dtype=torch.float32)[:, None, None]
+    picture = of(look["lung"]).expand(len(u), PIXELS, PIXELS).clone()
+    for k in range(VESSELS):                                                             # a number for size is used twice: nobody sees it
+        far = (x - of(-20 + 100 * u[:, k])) ** 2 + (y - of(-45 + 130 * u[:, VESSELS + k])) ** 2
+        picture += of(0.12 + 0.35 * u[:, 2 * VESSELS + k]) * torch.exp(-far / of((1.6 + 1.4 * u[:, (5 * k) % 42]) ** 2 * 2))
+    over = lambda share, level: picture.add_((of(level) - picture) * share)
+    dome = of(-reach[:, 1] - 2 - 8 * u[:, 43]) - of(0.0015 + 0.003 * u[:, 44]) * (x - of(-25 + 30 * u[:, 45])) ** 2 - y
+    over(ramp(dome, 2.5), look["liver"])
+    for k in range(3):                                                                   # vessels of the liver
+        far = ((x - of(-60 + 70 * u[:, 46 + k])) ** 2 + (y - of(-reach[:, 1] - 10 - 22 * u[:, 49 + k])) ** 2).sqrt()
+        over(ramp(of(2.0 + 2.0 * u[:, 52 + k]) - far, 2.0) * (dome > 4), look["liver"] + 0.22)
+    stomach = of(13 + 7 * u[:, 55]) - (((x - of(30 + 18 * u[:, 56])) / 1.4) ** 2 + (y - of(-reach[:, 1] - 16 - 8 * u[:, 57])) ** 2).sqrt()
+    over(ramp(stomach + 2, 2), look["lung"] + 0.05)
+    over(ramp(stomach, 3), 0.22 + 0.4 * u[:, 58])
+    aorta = of(10.5 + 1.2 * z[:, 16]) - ((x - of(12 + 14 * u[:, 59])) ** 2 + (y - of(-reach[:, 1] - 20 - 8 * u[:, 60])) ** 2).sqrt()
+    over(ramp(aorta + 1.8, 2), 0.2 + 0 * u[:, 0])
+    over(ramp(aorta, 2), look["blood"] - 0.04)
+    slant = np.radians(128 + 14 * u[:, 61])
+    deep = x * of(np.cos(slant)) + y * of(np.sin(slant)) - of(reach[:, 0] + 4 + 12 * u[:, 62])
+    along = x * of(np.sin(slant)) - y * of(np.cos(slant))
+    deep = deep + of(2 + 2 * u[:, 17]) * torch.sin(x / 15 + of(6 * u[:, 63])) * torch.cos(y / 19 + of(6 * u[:, 12])) + 0.004 * along**2
+    for begin, level in ((0.0, look["fat"] - 0.10), (3 + 4 * u[:, 30], 0.26 + 0 * u[:, 0]), (13 + 5 * u[:, 31], look["fat"])):
+        over(ramp(deep - of(begin + 0 * u[:, 0]), 2.5), level)
+    rib = 6.0 - (((deep - of(19 + 3 * u[:, 32])) * 1.5) ** 2 + ((along - of(-26 + 50 * u[:, 33])) / 1.6) ** 2).sqrt()
+    over(ramp(rib, 2.5), 0.30 + 0.1 * u[:, 34])
+    return picture[:, None]
+
+# %% ../../nbs/20_cmr_data.ipynb #8329d95f
+FADE = 48.0      # mm beyond the heart over which its pull on the surroundings fades
+EDGE = 1.6       # pixels over which a border is drawn: what resampling leaves of it in real films
+LAYER = 0.10     # share of the long axis between two textures of muscle: new tissue brings new texture
+
+def borders(
+    hearts: Hearts,
+    look: Mapping[str, np.ndarray],
+    phase: np.ndarray,  # (frames,)
+) -> tuple[torch.Tensor, dict[str, np.ndarray]]:
+    "What the painter looks up in each direction, (10, n * frames * BEARINGS) float32, and the cut."
+    c = cut(hearts, phase, look["slice"])
+    smooth = rings(look["around"][:, 0, :, :16], 3)[:, None]                                    # trabeculae of the left ventricle
+    rough = rings(look["around"][:, 1], 5)[:, None]                                     # of the right one
+    fatty = rings(look["around"][:, 2, :, :5], 1)[:, None]
+    spongy = c["inner"] - np.clip(0.035 + 0.06 * smooth, 0, 0.17) * c["inner"] * (0.75 + 0.5 * c["work"])
+    coarse = c["right"] - np.clip(1.2 + 1.3 * rough, 0, 5) * np.clip((c["right"] - c["outer"]) / 12, 0, 1)
+    shell = c["right"] + 0.6 + (hearts.a["right wall"] - 0.6) * step((c["right"] - c["outer"]) / 5)
+    cover = shell + np.clip(1.6 + 2.6 * fatty, 0, 7)
+    rows = (c["inner"], c["outer"], c["right"], c["inner rest"], c["outer rest"] - c["outer"], c["right rest"] - c["right"], spongy, coarse, shell, cover)
+    return torch.from_numpy(np.stack([np.broadcast_to(row, c["inner"].shape).astype(np.float32) for row in rows]).reshape(len(rows), -1)), c
+
+@dataclass
+class Canvas:
+    "Every pixel of some videos in the heart's own coordinates, each (n, frames, size, size)."
+    radius: torch.Tensor     # mm from the long axis
+    side: torch.Tensor       # mm to the right of it
+    height: torch.Tensor     # mm above it
+    borders: torch.Tensor    # (10, n, frames, size, size) mm, from `borders`, in this pixel's direction
+    came_x: torch.Tensor     # mm right of the picture's middle: where this tissue was at end-diastole
+    came_y: torch.Tensor     # mm above it
+
+# %% ../../nbs/20_cmr_data.ipynb #cdec665e
+def middle_of(
+    c: Mapping[str, np.ndarray],  # from `cut`
+    look: Mapping[str, np.ndarray],
+    phase: np.ndarray,            # (frames,)
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "Where the long axis crosses the picture (n, frames, 2), mm right and up of its middle; shift of the chest (n, frames, 2); reach of the heart up-left and down (n, 2)."
+    angle = np.arange(BEARINGS) / BEARINGS * TWO_PI
+    edge = c["right"][:, 0]
+    x, y = edge * np.cos(angle), edge * np.sin(angle)
+    rest = np.stack([-(x.max(1) + x.min(1)) / 2, -(y.max(1) + y.min(1)) / 2], axis=1) + look["aside"]
+    breath = look["breath"][:, None] * np.asarray(phase)[None, :, None]
+    middle = rest[:, None] + breath + look["drift"][:, None] * c["work"]
+    slant = math.radians(135)
+    reach = np.stack([(x * math.cos(slant) + y * math.sin(slant)).max(1) + rest @ [math.cos(slant), math.sin(slant)], -(y.min(1) + rest[:, 1])], axis=1)
+    return middle, breath, reach
+
+PAPILLARY = ((38.0, 0.80), (268.0, 0.80))   # degrees, share of the inner radius: anterolateral and posteromedial
+
+def papillaries(
+    c: Mapping[str, np.ndarray],
+    look: Mapping[str, np.ndarray],
+    canvas: Canvas,
+    soft: float,                   # mm
+) -> torch.Tensor:
+    "Share of each pixel inside a papillary muscle, (n, frames, size, size). They keep their volume, too."
+    share = torch.zeros_like(canvas.radius)
+    n, frames = share.shape[:2]
+    of = lambda values: torch.as_tensor(values, dtype=torch.float32).reshape(n, frames, 1, 1)
+    for k, (degrees, far) in enumerate(PAPILLARY):
+        angle = np.radians(degrees + 8 * look["z"][:, 18 + k])[:, None] + c["turn"][..., 0]
+        bin_ = np.round(angle / TWO_PI * BEARINGS).astype(int) % BEARINGS
+        inner = np.take_along_axis(c["inner"], bin_[..., None], -1)[..., 0]
+        thick = (5.0 + 0.7 * look["z"][:, 20 + k])[:, None] * (c["inner rest"].mean(-1) / 26) ** 0.5 / np.sqrt(c["stretch"][..., 0])
+        thick = np.minimum(thick, 0.36 * inner)
+        away_from = (far + 0.04 * look["z"][:, 22 + k])[:, None] * inner
+        dx, dy = canvas.side - of(away_from * np.cos(angle)), canvas.height - of(away_from * np.sin(angle))
+        lean, flat = angle + 0.5 * look["z"][:, 24 + k, None], 1.25                      # an ellipse that leans a little
+        along, across = dx * of(np.cos(lean) / flat) + dy * of(np.sin(lean) / flat), dy * of(np.cos(lean) * flat) - dx * of(np.sin(lean) * flat)
+        share = torch.maximum(share, ramp(of(thick) - (along * along + across * across).sqrt_(), soft))
+    return share
+
+# %% ../../nbs/20_cmr_data.ipynb #4ff2f493
+def place(
+    c: Mapping[str, np.ndarray],
+    table: torch.Tensor,     # from `borders`
+    middle: np.ndarray,      # (n, frames, 2) from `middle_of`
+    breath: np.ndarray,      # (n, frames, 2)
+    start: np.ndarray,       # (n, 2) mm, the long axis in frame 0
+    size: int,               # pixels
+) -> Canvas:
+    "Polar coordinates of every pixel, and where its tissue came from: exact in the wall, in proportion in the cavities, fading outside."
+    n, frames = middle.shape[:2]
+    of = lambda values: torch.as_tensor(np.ascontiguousarray(values), dtype=torch.float32).reshape(n, frames, 1, 1)
+    at = ((torch.arange(size) + 0.5) / size - 0.5) * FIELD
+    side = (at[None, None, None, :] - of(middle[..., 0])).expand(n, frames, size, size)
+    height = (-at[None, None, :, None] - of(middle[..., 1])).expand(n, frames, size, size)
+    radius = (side * side + height * height).sqrt_().clamp_(min=1e-3)
+    bearing = torch.atan2(height, side).mul_(BEARINGS / TWO_PI).round_().long().remainder_(BEARINGS)
+    bearing += torch.arange(n * frames).reshape(n, frames, 1, 1) * BEARINGS
+    found = table.index_select(1, bearing.reshape(-1)).reshape(len(table), n, frames, size, size)
+    inner, outer, right, rest, outer_less, right_less = found[:6]
+    blood = radius * (rest / inner)
+    wall = (rest * rest + of(c["stretch"]) * (radius * radius - inner * inner)).clamp_(min=0).sqrt_()
+    beyond = outer_less + (right_less - outer_less) * ((radius - outer) / (right - outer + 1)).clamp_(0, 1)
+    fade = (1 - (radius - right).clamp_(min=0) / FADE).clamp_(min=0)
+    fade = fade * fade
+    before = torch.where(radius < inner, blood, torch.where(radius < outer, wall, radius + beyond * fade))
+    turn = of(c["turn"]) * fade
+    grow = before / radius
+    start = np.broadcast_to(start[:, None], middle.shape)
+    came_x = (side + turn * height) * grow + of(start[..., 0])
+    came_y = (height - turn * side) * grow + of(start[..., 1])
+    outside = 1 - fade                                                            # far away only the breath moves
+    came_x += outside * of(middle[..., 0] - start[..., 0] - breath[..., 0])
+    came_y += outside * of(middle[..., 1] - start[..., 1] - breath[..., 1])
+    return Canvas(radius, side, height, found, came_x, came_y)
+
+# %% ../../nbs/20_cmr_data.ipynb #643c946a
+def blend(
+    hearts: Hearts,
+    look: Mapping[str, np.ndarray],
+    c: Mapping[str, np.ndarray],   # from `cut`
+    canvas: Canvas,
+    pictures: torch.Tensor,        # (n, 5, PIXELS, PIXELS): surroundings and four textures
+) -> torch.Tensor:
+    "Signal without noise, (n, frames, size, size): 0 no signal, about 0.9 blood. Tissue over tissue, from outside in."
+    n, frames, size, _ = canvas.radius.shape
+    soft = EDGE * FIELD / size
+    grid = torch.stack([canvas.came_x, -canvas.came_y], dim=-1).reshape(n, frames * size, size, 2) * (2 / CANVAS)
+    found = torch.nn.functional.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
+    around, here, next_, flow, lump = found.reshape(n, 5, frames, size, size).unbind(1)
+    of = lambda name: torch.as_tensor(look[name], dtype=torch.float32)[:, None, None, None]
+    layer = torch.as_tensor((c["s"] - c["s0"]) / LAYER, dtype=torch.float32)[..., None].clamp_(0, 1)
+    muscle = of("muscle") + here + (next_ - here) * layer
+    blood = of("blood") + 0.8 * flow
+    inner, outer, right, _, _, _, spongy, coarse, shell, cover = canvas.borders
+    signal = around + 0.6 * lump
+    for border, tissue in ((cover, of("fat") + flow), (shell, muscle), (right, 0.45 * muscle + 0.55 * blood), (coarse, blood - 0.03),
+                           (outer, muscle), (inner, 0.4 * muscle + 0.6 * blood), (spongy, blood)):
+        signal = torch.lerp(signal, tissue, ramp(border - canvas.radius, soft))
+    return torch.lerp(signal, muscle, papillaries(c, look, canvas, soft))
+
+# %% ../../nbs/20_cmr_data.ipynb #f4386aa7
+VOXELS_AT_ONCE = 250_000   # painted at a time: 27 frames of the paper's size, five small videos; what is worked on stays near the processor
+
+def paint(
+    hearts: Hearts,
+    look: Mapping[str, np.ndarray],
+    phase: np.ndarray,     # (frames,) shares of a beat, the first one 0
+    size: int,             # pixels
+) -> Iterator[tuple[slice, torch.Tensor, Canvas]]:
+    "Which frames, their signal (n, some frames, size, size), and their canvas; a few frames at a time."
+    table, c = borders(hearts, look, phase)
+    c = c | {"s0": c["s"][:, :1]}
+    middle, breath, reach = middle_of(c, look, phase)
+    start = middle[:, 0] - breath[:, 0]
+    n, frames = middle.shape[:2]
+    grain = torch.nn.functional.interpolate(torch.from_numpy(look["grain"]), size=(PIXELS, PIXELS), mode="bicubic", align_corners=False) * LOOKS
+    pictures = torch.cat([paint_around(look, reach), grain], dim=1)
+    table = table.reshape(len(table), n, frames, BEARINGS)
+    some = max(VOXELS_AT_ONCE // (n * size * size), 1)
+    for first in range(0, frames, some):
+        part = slice(first, min(first + some, frames))
+        now = {name: values[:, part] if values.shape[1] == frames else values for name, values in c.items()}
+        canvas = place(now, table[:, :, part].reshape(len(table), -1), middle[:, part], breath[:, part], start, size)
+        yield part, blend(hearts, look, now, canvas, pictures), canvas
+
+# %% ../../nbs/20_cmr_data.ipynb #fe2ff14b
+def label(
+    canvas: Canvas,
+) -> np.ndarray:
+    "True masks, (n, frames, size, size) uint8 of LABELS. Papillary muscles count as cavity, as ACDC's readers count them."
+    inner, outer, right = canvas.borders[:3]
+    mask = (canvas.radius < right).to(torch.uint8) * LABELS["RV"]
+    mask[canvas.radius < outer] = LABELS["myocardium"]
+    mask[canvas.radius < inner] = LABELS["LV"]
+    return mask.numpy()
+
+def motion_of(
+    canvas: Canvas,
+    size: int,
+) -> np.ndarray:
+    "(n, frames, 2, size, size) float32 pixels down and right that the tissue seen here has moved since frame 0."
+    at = ((torch.arange(size) + 0.5) / size - 0.5) * FIELD
+    down, across = canvas.came_y + at[:, None], at - canvas.came_x
+    return (torch.stack([down, across], dim=2) * (size / FIELD)).numpy()
+
+UNLABELLED = 255          # in masks: nobody drew in this frame
+LEAST = 8                 # frames: fewer cannot show a beat
+
+def scan(
+    signal: torch.Tensor,   # (n, frames, size, size) from `paint`
+    look: Mapping[str, np.ndarray],
+) -> np.ndarray:
+    "What the scanner makes of it, float32 in -1...1: the coil's slow shading, Rician noise, a fixed window."
+    n, frames, size, _ = signal.shape
+    at = np.linspace(-1, 1, size)
+    across, up, rim = (look["bias"][:, k, None, None] for k in range(3))
+    shade = 1 + across * at - up * at[:, None] + rim * (at[:, None] ** 2 + at**2 - 0.67)
+    image = signal.numpy() * shade.astype(np.float32)[:, None]
+    for k, rng in enumerate(look["rng"]):
+        noise = rng.standard_normal((frames, 2, size, size), dtype=np.float32)
+        noise *= np.float32(look["noise"][k])
+        noise[:, 0] += image[k]
+        np.square(noise, out=noise)
+        np.sqrt(noise[:, 0] + noise[:, 1], out=image[k])
+    image *= 2
+    image -= 1
+    return np.clip(image, -1, 1, out=image)
+
+# %% ../../nbs/20_cmr_data.ipynb #219fc329
+@dataclass(frozen=True)
+class CineSet:
+    "Videos of one heartbeat in one short-axis slice; frame 0 is end-diastole."
+    videos: np.ndarray          # (n, frames, size, size) float32 in -1...1
+    phenotypes: pd.DataFrame    # (n, 82) float64, columns PHENOTYPES; nan: unknown
+    spacing: np.ndarray         # (n,) mm per pixel
+    frame_time: np.ndarray      # (n,) s per frame; nan: unknown
+    groups: np.ndarray          # (n,) codes of GROUPS; "": unknown
+    patients: np.ndarray        # (n,) names of people: splits go by these
+    masks: np.ndarray | None = None    # (n, frames, size, size) uint8: 0 and LABELS; UNLABELLED where nobody drew
+    motion: np.ndarray | None = None   # (n, frames, 2, size, size) float32 pixels down and right since frame 0
+    rejected: list[BadRecord] = field(default_factory=list)   # what could not be read, and why
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    @property
+    def x(self) -> torch.Tensor:
+        "Videos as a network takes them, (n, 1, frames, size, size); shares memory."
+        return torch.from_numpy(self.videos)[:, None]
+
+    @property
+    def fingerprint(self) -> str:
+        "A short hash of everything but masks, motion and `rejected`."
+        names = [str(name) for name in (*self.groups, *self.patients)]
+        return fingerprint(self.videos, self.phenotypes.to_csv(index=False), self.spacing, self.frame_time, names)
+
+    def rows(self, index: np.ndarray | Sequence[int] | slice) -> "CineSet":
+        "These people only: row numbers, a mask or a slice."
+        rows = np.arange(len(self))[index]
+        take = {name: getattr(self, name) if getattr(self, name) is None else getattr(self, name)[rows]
+                for name in ("videos", "spacing", "frame_time", "groups", "patients", "masks", "motion")}
+        return replace(self, **take, phenotypes=self.phenotypes.iloc[rows].reset_index(drop=True))
+
+    def __repr__(self) -> str:
+        n, frames, size, _ = self.videos.shape
+        return f"CineSet: {n:,} videos of {frames} x {size} x {size}, {len(set(self.patients)):,} people, {len(self.rejected):,} rejected"
+
+# %% ../../nbs/20_cmr_data.ipynb #c269f1f8
+def simulate_hearts(
+    n: int,                 # people, one video each
+    frames: int = FRAMES,   # of one beat, at least LEAST
+    size: int = SIZE,       # pixels across FIELD
+    seed: int = 0,          # which people
+    population: int = 0,    # which hospital and scanner: prevalences, noise, contrast, coil
+    groups: Sequence[str] | str | None = None,    # forced, one or n codes of GROUPS
+    given: Mapping[str, object] | None = None,    # of SETTINGS -> a value, or n: LVEF (%), LVEDV, RVEDV, LAVmax, RAVmax (mL), WT_global (mm), rate (beats/min)
+    masks: bool = True,     # return true masks
+    motion: bool = False,   # return the true motion of tissue (8 bytes a pixel)
+) -> CineSet:
+    """Simulated cine MRI of n independent people with their 82 phenotypes. Person k depends on seed, k and what is given or forced, not on n.
+
+    Equal seeds with another `given` are twins: the same heart with another ejection fraction, say. (A heart with an infarct cannot eject more than about 64 %:
+    its phenotypes say what it did.) Raises `ValueError` for sizes, groups or settings that cannot be."""
+    if n < 1 or frames < LEAST or size < 16:
+        raise ValueError(f"{n} people, {frames} frames, {size} pixels: at least 1, {LEAST} and 16 are needed")
+    anatomy = draw_population(n, seed, population, groups, given)
+    phase, videos = np.arange(frames) / frames, np.empty((n, frames, size, size), np.float32)
+    drawn = np.empty(videos.shape, np.uint8) if masks else None
+    moved = np.empty((n, frames, 2, size, size), np.float32) if motion else None
+    block = max(VOXELS_AT_ONCE // (frames * size * size), 1)
+    for first in range(0, n, block):
+        part = slice(first, min(first + block, n))
+        look = draw_looks(part.stop - first, seed, population, first)
+        for some, signal, canvas in paint(Hearts(anatomy.iloc[part]), look, phase, size):
+            videos[part, some] = scan(signal, look)
+            if masks:
+                drawn[part, some] = label(canvas)
+            if motion:
+                moved[part, some] = motion_of(canvas, size)
+    names = np.array([f"s{seed}p{population}-{k:05d}" for k in range(n)])
+    return CineSet(videos, phenotypes_of(anatomy), np.full(n, FIELD / size), 60 / anatomy["rate"].to_numpy() / frames,
+                   anatomy["group"].to_numpy().astype(str), names, drawn, moved)
+
+# %% ../../nbs/20_cmr_data.ipynb #21bc8c20
+MID = (7, 8, 9, 10, 11, 12)   # AHA segments that a mid-ventricular slice shows
+MEASURES = ("area_LV_ED", "area_LV_ES", "area_change", "area_RV_ED", "area_RV_ES", "area_RV_change", "area_myo_ED", *(f"thickness_{k}" for k in MID), "time_ES", "jitter")
+
+def thickness_in_sixths(
+    mask: np.ndarray,   # (h, w) of LABELS
+) -> np.ndarray:
+    "Wall thickness in pixels of AHA segments 7...12, (6,). The right ventricle's middle marks the septum (none: left). From areas, so that coarse masks do."
+    cavity, muscle, right = (mask == LABELS[name] for name in ("LV", "myocardium", "RV"))
+    if not cavity.any() or not muscle.any():
+        return np.full(6, np.nan)
+    row, column = np.nonzero(cavity | muscle)
+    y0, x0 = row.mean(), column.mean()
+    septal = math.pi
+    if right.any():
+        down, across = np.nonzero(right)
+        septal = math.atan2(-(down.mean() - y0), across.mean() - x0)
+    angle = np.degrees(np.arctan2(-(row - y0), column - x0) - septal) + 180       # 180 degrees: towards the right ventricle
+    sixth = ((angle - 60) // 60 % 6).astype(int)
+    inside = np.bincount(sixth, cavity[row, column], minlength=6)
+    whole = np.bincount(sixth, minlength=6)
+    radius = lambda area: np.sqrt(2 * area / (math.pi / 3))
+    return np.where(whole > inside, radius(whole) - radius(inside), np.nan)
+
+# %% ../../nbs/20_cmr_data.ipynb #7b16f3d7
+def measure_masks(
+    masks: np.ndarray,       # (n, frames, h, w) of LABELS; frames with UNLABELLED are left out; frame 0 is end-diastole
+    spacing: np.ndarray | float,      # mm per pixel, (n,) or one
+    frame_time: np.ndarray | float,   # s per frame, (n,) or one; nan: unknown
+) -> pd.DataFrame:
+    """What a reader measures in a slice, n rows of MEASURES: areas (mm2) at end-diastole and where they are smallest, their change (per cent), thickness of six segments
+    at end-diastole (mm), time of the smallest LV area (s), jitter of the LV area (mean |second difference| over the mean). nan where a structure is absent at end-diastole.
+
+    Raises `ValueError` for another shape."""
+    masks = np.asarray(masks)
+    if masks.ndim != 4:
+        raise ValueError(f"masks have shape {masks.shape}; (n, frames, h, w) is needed")
+    n = len(masks)
+    pixel, tick = (np.broadcast_to(np.asarray(value, dtype=float), (n,)) for value in (spacing, frame_time))
+    known = ~(masks == UNLABELLED).any((2, 3))
+    area = {name: np.where(known, (masks == code).sum((2, 3)), np.nan) * pixel[:, None] ** 2 for name, code in LABELS.items()}
+    out = {}
+    for name in ("LV", "RV"):
+        full = np.where(area[name][:, 0] > 0, area[name][:, 0], np.nan)
+        empty = np.where(np.isfinite(full), np.nanmin(np.where(known, area[name], np.inf), axis=1), np.nan)
+        out |= {f"area_{name}_ED": full, f"area_{name}_ES": empty, f"area_{'RV_' if name == 'RV' else ''}change": 100 * (1 - empty / full)}
+    out["area_myo_ED"] = np.where(area["myocardium"][:, 0] > 0, area["myocardium"][:, 0], np.nan)
+    thick = np.stack([thickness_in_sixths(mask[0]) for mask in masks]) * pixel[:, None]
+    out |= {f"thickness_{k}": thick[:, j] for j, k in enumerate(MID)}
+    least = np.where(known, area["LV"], np.inf).argmin(1)
+    out["time_ES"] = np.where(np.isfinite(out["area_LV_ED"]), least * tick, np.nan)
+    wobble = np.abs(np.diff(area["LV"], n=2, axis=1)).mean(1) if masks.shape[1] > 2 else np.full(n, np.nan)
+    out["jitter"] = np.where(np.isfinite(out["area_LV_ED"]), wobble / np.maximum(area["LV"].mean(1), 1e-9), np.nan)
+    return pd.DataFrame(out)[list(MEASURES)]
+
+# %% ../../nbs/20_cmr_data.ipynb #2df773e5
+@dataclass(frozen=True)
+class CineRecord:
+    "One person's film as it lies on disk: what is known, and nothing that is guessed."
+    volume: np.ndarray           # (frames, slices, rows, columns) float32, scanner's units
+    spacing: tuple[float, float] # mm between rows and between columns; nan: the header does not say
+    frame_time: float            # s; nan: unknown
+    patient: str
+    group: str = ""              # as the data set says
+    start: int = 0               # frame of end-diastole
+    masks: dict[int, np.ndarray] = field(default_factory=dict)       # frame -> (slices, rows, columns) uint8 of LABELS
+    phenotypes: dict[str, float] = field(default_factory=dict)       # of PHENOTYPES; what is missing is unknown
+    fields: dict[str, str] = field(default_factory=dict)             # what a text beside it says
+    flags: tuple[str, ...] = ()  # quirks that were noticed
+
+AGAIN = "download the file again, or take it out of the folder"
+TICK = (0.005, 0.2)   # s between frames that a heart can be filmed with; a thousand times that is milliseconds
+
+def read_nifti(
+    file: str | Path,  # .nii or .nii.gz
+) -> tuple[np.ndarray, tuple[float, ...], float]:
+    """Array as it is stored (columns, rows, ...) float32; mm of its spatial axes; s between frames, nan if the header says nothing that a heart could be filmed with.
+
+    Raises `BadRecord` when it cannot be read to its end, holds NaN or infinity, or has a spacing of zero."""
+    try:
+        with nibabel.openers.ImageOpener(str(file)) as opened:      # nibabel mends spacings of zero silently: look at them before
+            steps = nibabel.Nifti1Header.from_fileobj(opened, check=False)["pixdim"][1:5].astype(float)
+        image = nibabel.load(file)
+        array = np.asarray(image.dataobj, dtype=np.float32)
+    except Exception as error:   # gzip, zlib, nibabel and numpy raise many kinds
+        raise BadRecord(file, "the whole file", f"it cannot be read as NIfTI ({type(error).__name__}: {str(error)[:80]})", AGAIN) from None
+    if not (np.isfinite(steps[: min(array.ndim, 3)]) & (steps[: min(array.ndim, 3)] > 0)).all():
+        raise BadRecord(file, "pixdim of the header", f"spacing {tuple(float(s) for s in steps[:3])} mm", "convert it again from DICOM, or correct the header")
+    if not np.isfinite(array).all():
+        raise BadRecord(file, "the voxels", f"{(~np.isfinite(array)).sum():,} of them are NaN or infinite", "convert it again from DICOM")
+    tick = steps[3] / 1000 if 1000 * TICK[0] <= steps[3] <= 1000 * TICK[1] else steps[3]
+    return array, tuple(steps[:3]), tick if array.ndim > 3 and TICK[0] <= tick <= TICK[1] else math.nan
+
+# %% ../../nbs/20_cmr_data.ipynb #a53472bb
+def as_film(
+    file: Path,
+    array: np.ndarray,   # from `read_nifti`
+) -> np.ndarray:
+    "(frames, slices, rows, columns). Raises `BadRecord` when it is no film."
+    if array.ndim != 4:
+        raise BadRecord(file, "its shape", f"{array.shape} is {array.ndim}-D, and a film of slices is 4-D", "name the 4-D file, not one frame of it")
+    if array.shape[3] < LEAST:
+        raise BadRecord(file, "its shape", f"{array.shape[3]} frames; a beat needs at least {LEAST}", AGAIN)
+    if float(array.max()) == float(array.min()):
+        raise BadRecord(file, "the voxels", "they are all the same", AGAIN)
+    return np.ascontiguousarray(array.transpose(3, 2, 1, 0))
+
+def named(
+    file: Path,
+) -> str:
+    "A file's name without .nii or .nii.gz."
+    return file.name.removesuffix(".gz").removesuffix(".nii")
+
+# %% ../../nbs/20_cmr_data.ipynb #cdf6ee75
+ACDC_BOX = (85, 50, 1)      # first row, column and slice of a box that a public copy of ACDC cut its films to
+SAME = 0.99                 # correlation of a frame with the film's, if one is a piece of the other
+
+def read_info(
+    file: Path,  # Info.cfg
+) -> dict[str, str]:
+    "Its fields. Raises `BadRecord` when ED or ES is no number."
+    said = dict((part.strip() for part in line.split(":", 1)) for line in file.read_text(errors="replace").splitlines() if ":" in line)
+    for key in ("ED", "ES"):
+        if not said.get(key, "").isdigit() or int(said[key]) < 1:
+            raise BadRecord(file, key, f"{said.get(key)!r} is no frame number", "take Info.cfg from the official release")
+    return said
+
+def fit_mask(
+    file: Path,          # of the mask, for messages
+    mask: np.ndarray,    # (slices, rows, columns)
+    still: np.ndarray | None,   # the frame that it was drawn on, same shape
+    frame: np.ndarray,   # (slices, rows, columns) of the film
+) -> np.ndarray:
+    "The mask as uint8 in the film's shape. Raises `BadRecord` when it does not fit, or holds something else than LABELS."
+    if not set(np.unique(mask)) <= {0, *LABELS.values()}:
+        raise BadRecord(file, "its values", f"{sorted(set(np.unique(mask).tolist()))[:6]}; 0, 1, 2 and 3 are known", AGAIN)
+    if mask.shape == frame.shape:
+        return mask.astype(np.uint8)
+    row, column, first = ACDC_BOX
+    box = (slice(first, first + frame.shape[0]), slice(row, row + frame.shape[1]), slice(column, column + frame.shape[2]))
+    if still is not None and still.shape == mask.shape and still[box].shape == frame.shape and np.corrcoef(still[box].ravel(), frame.ravel())[0, 1] > SAME:
+        return mask[box].astype(np.uint8)
+    raise BadRecord(file, "its shape", f"{mask.shape[::-1]}, and the film's frames have {frame.shape[::-1]}", "take film and masks from one release")
+
+# %% ../../nbs/20_cmr_data.ipynb #8b053036
+def volumes_drawn(
+    full: np.ndarray,    # (slices, rows, columns) of LABELS at end-diastole
+    empty: np.ndarray,   # at end-systole
+    voxel: float,        # mL
+) -> dict[str, float]:
+    "Phenotypes that a stack of masks gives: slices are summed."
+    out = {}
+    for side in ("LV", "RV"):
+        most, least = ((mask == LABELS[side]).sum() * voxel for mask in (full, empty))
+        out |= {f"{side}EDV": most, f"{side}ESV": least, f"{side}SV": most - least, f"{side}EF": 100 * (most - least) / most if most else math.nan}
+    return out | {"LVM": DENSITY * (full == LABELS["myocardium"]).sum() * voxel}
+
+def read_frames(
+    files: Mapping[int, tuple[Path, Path | None]],  # frame (from 0) -> its mask, its picture
+    volume: np.ndarray,                             # (frames, slices, rows, columns)
+) -> tuple[dict[int, np.ndarray], list[np.ndarray], tuple[float, ...] | None]:
+    "Masks in the film's shape, masks as drawn, and their spacing."
+    masks, drawn, steps = {}, [], None
+    for k, (mask_file, still_file) in sorted(files.items()):
+        mask, steps, _ = read_nifti(mask_file)
+        still = read_nifti(still_file)[0].transpose(2, 1, 0) if still_file else None
+        if k >= len(volume):
+            raise BadRecord(mask_file, "its frame", f"number {k + 1} of a film with {len(volume)}", "take film and masks from one release")
+        masks[k] = fit_mask(mask_file, mask.transpose(2, 1, 0), still, volume[k])
+        drawn.append(mask.transpose(2, 1, 0))
+    return masks, drawn, steps
+
+# %% ../../nbs/20_cmr_data.ipynb #e346460c
+def read_acdc(
+    root: str | Path,  # folder that holds training/patientNNN (films and frames may lie in two trees below it)
+) -> tuple[list[CineRecord], list[BadRecord]]:
+    """ACDC: a film, two frames with masks and Info.cfg for each patient. Raises `BadRecord` only when there is nothing to read.
+
+    Spacing comes from frame files if there are any: the header of a film can be wrong (1 mm in all directions is taken as unknown, and flagged)."""
+    base = Path(root)
+    found: dict[str, dict[str, list[Path]]] = {}
+    for file in sorted(base.rglob("patient*.nii*")) + sorted(base.rglob("Info.cfg")):
+        patient, _, kind = (file.parent.name, "", "info") if file.name == "Info.cfg" else named(file).partition("_")
+        found.setdefault(patient, {}).setdefault("mask" if kind.endswith("_gt") else "still" if kind.startswith("frame") else kind, []).append(file)
+    if not any(set(files) & {"4d", "still", "mask"} for files in found.values()):
+        raise BadRecord(base, "the whole folder", "there is no patientNNN_4d.nii.gz in it", "name the folder of the release with --root")
+
+    def read(patient: str) -> CineRecord:
+        files = found[patient]
+        if len(files.get("4d", [])) != 1:
+            raise BadRecord(base / patient, f"{patient}_4d.nii.gz", f"there are {len(files.get('4d', []))} of it", "keep one film for each patient")
+        film = files["4d"][0]
+        said = read_info(files["info"][0]) if "info" in files else {}
+        array, steps, tick = read_nifti(film)
+        volume = as_film(film, array)
+        if said.get("NbFrame", str(len(volume))) != str(len(volume)) or max(int(said.get(key, 1)) for key in ("ED", "ES")) > len(volume):
+            raise BadRecord(film, "its frames", f"{len(volume)}; Info.cfg says {said.get('NbFrame')}, ED {said.get('ED')} and ES {said.get('ES')}",
+                            "take both from one release")
+        stills = {named(file): file for file in files.get("still", [])}
+        number = lambda file: int(named(file).removesuffix("_gt").rpartition("frame")[2]) - 1
+        masks, drawn, known = read_frames({number(file): (file, stills.get(named(file).removesuffix("_gt"))) for file in files.get("mask", [])}, volume)
+        flags = tuple(f"unknown file {kind}" for kind in sorted(set(files) - {"4d", "still", "mask", "info"})) + (() if "info" in files else ("no Info.cfg",))
+        if known is None and set(steps) == {1.0}:
+            steps, flags = (math.nan,) * 3, flags + ("spacing unknown",)
+        steps, group, start = known or steps, said.get("Group", ""), int(said.get("ED", 1)) - 1
+        both = dict(zip(sorted(masks), drawn))
+        end = int(said.get("ES", 0)) - 1
+        phenotypes = volumes_drawn(both[start], both[end], math.prod(steps) / 1000) if {start, end} <= set(both) else {}
+        return CineRecord(volume, (steps[1], steps[0]), tick, patient, group if group in GROUPS else "", start, masks, phenotypes, said, flags)
+
+    return gather(sorted(found), read)
+
+def check_acdc(root: str | Path) -> list[BadRecord]:
+    "Everything missing or broken in a folder of ACDC. Empty: all is well."
+    return problems(read_acdc, root)
+
+# %% ../../nbs/20_cmr_data.ipynb #d22052fa
+def tidy_name(
+    column: str,  # of a table, e.g. "WT_AHA_1 (mm)", "LAV max (mL)", "AAo max area (mm2)", "Ecc_Global (%)"
+) -> str:
+    "The name in PHENOTYPES that a column means, or the column as it is."
+    short = re.sub(r"\s*\(.*\)$", "", column.strip()).replace("_AHA_", "_").replace("Global", "global")
+    short = re.sub(r"^(LA|RA)V (max|min)$", r"\1V\2", short)
+    short = re.sub(r"^(AAo|DAo) (max|min) area$", r"\1_\2", short).replace("Ao distensibility", "Ao_distensibility")
+    return short if short in PHENOTYPES else column.strip()
+
+def read_phenotypes(
+    file: str | Path,  # a table: first column the subject, 82 others in any order
+) -> tuple[dict[str, dict[str, float]], list[BadRecord]]:
+    "Subject -> phenotypes (empty fields are left out), and rows that are no rows. Raises `BadRecord` when columns are missing."
+    try:
+        with open(file, newline="", encoding="utf-8-sig") as opened:
+            head, *lines = [row for row in csv.reader(opened) if row]
+    except (OSError, ValueError, csv.Error) as error:
+        raise BadRecord(file, "the whole table", f"it cannot be read ({type(error).__name__})", AGAIN) from None
+    names = [tidy_name(column) for column in head[1:]]
+    if missing := [name for name in PHENOTYPES if name not in names]:
+        raise BadRecord(file, "the header", f"{len(missing)} phenotypes have no column, {', '.join(missing[:3])} among them",
+                        "see the card for names; leave fields empty where nothing was measured")
+    table, rejected = {}, []
+    for k, (subject, *values) in enumerate(lines):
+        try:
+            if len(values) != len(names):
+                raise ValueError(f"{len(values)} values, and the header has {len(names)}")
+            if subject in table:
+                raise ValueError(f"subject {subject} has a row already")
+            row = {name: float(value) for name, value in zip(names, values) if name in PHENOTYPES and value.strip()}
+            table[subject] = {name: value for name, value in row.items() if math.isfinite(value)}
+        except ValueError as error:
+            rejected.append(BadRecord(file, f"line {k + 2}, subject {subject}", str(error), "correct the row"))
+    return table, rejected
+
+# %% ../../nbs/20_cmr_data.ipynb #da0899df
+def read_ukb(
+    root: str | Path,  # folder with phenotypes.csv and <subject>.nii.gz, each (columns, rows, frames) or (columns, rows, 1, frames)
+) -> tuple[list[CineRecord], list[BadRecord]]:
+    "One slice and 82 phenotypes per subject, as CPGG's code expects them from UK Biobank. Raises `BadRecord` only when there is nothing to read."
+    base = Path(root)
+    tables, files = sorted(base.rglob("phenotypes.csv")), sorted(base.rglob("*.nii")) + sorted(base.rglob("*.nii.gz"))
+    if len(tables) != 1 or not files:
+        raise BadRecord(base, "the whole folder", f"{len(tables)} tables phenotypes.csv and {len(files)} films; one table and some films are needed",
+                        "name the folder with --root")
+    table, rejected = read_phenotypes(tables[0])
+    lost = {re.search(r"subject (\S+)", problem.where)[1] for problem in rejected}
+    seen: set[str] = set()
+
+    def read(file: Path) -> CineRecord:
+        subject = named(file)
+        if subject in seen:
+            raise BadRecord(file, "its name", f"subject {subject} has a film already", "keep one film for each subject")
+        seen.add(subject)
+        if subject not in table:
+            raise BadRecord(file, "its phenotypes", f"phenotypes.csv has no {'readable ' if subject in lost else ''}row for subject {subject}",
+                            "add the row, or take the film away")
+        array, steps, tick = read_nifti(file)
+        if array.ndim == 3:                                   # time is the third axis
+            tick = steps[2] / 1000 if 1000 * TICK[0] <= steps[2] <= 1000 * TICK[1] else steps[2]
+            array, tick = array[:, :, None], tick if TICK[0] <= tick <= TICK[1] else math.nan
+        if array.ndim != 4 or array.shape[2] != 1:
+            raise BadRecord(file, "its shape", f"{array.shape}; one slice over time is needed", "cut the mid-ventricular slice out of the stack")
+        return CineRecord(as_film(file, array), (steps[1], steps[0]), tick, subject, phenotypes=table[subject])
+
+    records, unread = gather(files, read)
+    alone = [BadRecord(tables[0], f"subject {subject}", "there is no film of this subject", "download it, or take the row away") for subject in sorted(set(table) - seen)]
+    return records, rejected + unread + alone
+
+def check_ukb(root: str | Path) -> list[BadRecord]:
+    "Everything missing or broken in a UK-Biobank-like folder. Empty: all is well."
+    return problems(read_ukb, root)
+
+# %% ../../nbs/20_cmr_data.ipynb #93dfc82f
+NEAR = 70.0        # mm around the middle of motion that count for finding it
+TYPICAL = 1.5      # mm per pixel where a header does not say
+BLUR = 5.0         # mm: motion is looked at this coarsely
+QUANTILES = (0.01, 0.99)   # of a video, become -1 and 1
+
+def beating(
+    volume: np.ndarray,   # (frames, slices, rows, columns)
+    steps: tuple[float, float],   # mm
+) -> np.ndarray:
+    "Where the signal goes up and down once a beat, (slices, rows, columns): amplitude of the first harmonic, blurred."
+    wave = np.exp(-TWO_PI * 1j * np.arange(len(volume)) / len(volume)).astype(np.complex64)
+    amplitude = np.abs(np.tensordot(wave, volume, axes=(0, 0)))
+    return gaussian_filter(amplitude, (0, BLUR / steps[0], BLUR / steps[1]))
+
+def find_heart(
+    record: CineRecord,
+    steps: tuple[float, float],   # mm
+) -> tuple[int, float, float]:
+    "Slice, row and column of the heart's middle: from masks if there are any, else where the beat is strongest."
+    if record.masks:
+        mask = record.masks[min(record.masks, key=lambda k: abs(k - record.start))]
+        slices = np.flatnonzero((mask == LABELS["LV"]).any((1, 2)))
+        if len(slices):
+            chosen = int(slices[len(slices) // 2])
+            row, column = np.nonzero(mask[chosen])
+            return chosen, (row.min() + row.max()) / 2, (column.min() + column.max()) / 2
+    power = np.sqrt(beating(record.volume, steps))              # a root: the strongest edge must not decide alone
+    total = power.sum(0)
+    row, column = np.unravel_index(gaussian_filter(total, (2 * BLUR / steps[0], 2 * BLUR / steps[1])).argmax(), total.shape)
+    y, x = np.indices(total.shape)
+    for _ in range(5):                                          # the middle of what beats near the middle
+        weight = total * (((y - row) * steps[0]) ** 2 + ((x - column) * steps[1]) ** 2 < NEAR**2)
+        row, column = (weight * y).sum() / weight.sum(), (weight * x).sum() / weight.sum()
+    by_slice = (power * (weight > 0)).sum((1, 2))
+    return int(round((by_slice * np.arange(len(by_slice))).sum() / by_slice.sum())), float(row), float(column)
+
+# %% ../../nbs/20_cmr_data.ipynb #cc8776c4
+def resample(
+    film: np.ndarray,             # (frames, rows, columns)
+    middle: tuple[float, float],  # row, column
+    steps: tuple[float, float],   # mm
+    size: int,                    # pixels wanted
+    spacing: float,               # mm per pixel wanted
+    nearest: bool = False,        # for masks
+) -> np.ndarray:
+    "A square around the middle, (frames, size, size) float32; zero outside the film. Coarser pixels are means of finer ones."
+    fine = 1 if nearest else max(math.ceil(spacing / min(steps)), 1)
+    at = ((np.arange(size * fine) + 0.5) / fine - size / 2) * spacing
+    rows, columns = (2 * (m + at / step + 0.5) / extent - 1 for m, step, extent in zip(middle, steps, film.shape[1:]))
+    grid = torch.from_numpy(np.stack(np.broadcast_arrays(columns[None, :], rows[:, None]), axis=-1).astype(np.float32))[None]
+    found = torch.nn.functional.grid_sample(torch.from_numpy(film.astype(np.float32))[None], grid, mode="nearest" if nearest else "bilinear", align_corners=False)
+    return torch.nn.functional.avg_pool2d(found, fine)[0].numpy()
+
+def retime(
+    film: np.ndarray,  # (frames, ...) of one whole beat
+    frames: int,       # wanted
+    start: int,        # frame that becomes the first
+) -> np.ndarray:
+    "The beat in `frames` even steps; the last frame leads back to the first."
+    at = start + np.arange(frames) * len(film) / frames
+    low, share = np.floor(at).astype(int), (at % 1).astype(np.float32).reshape(-1, *(1,) * (film.ndim - 1))
+    return film[low % len(film)] * (1 - share) + film[(low + 1) % len(film)] * share
+
+def as_window(
+    video: np.ndarray,  # any shape
+) -> np.ndarray:
+    "QUANTILES become -1 and 1, float32; what lies beyond is cut."
+    low, high = np.quantile(video, QUANTILES)
+    return np.clip(2 * (video - low) / max(high - low, 1e-6) - 1, -1, 1).astype(np.float32)
+
+# %% ../../nbs/20_cmr_data.ipynb #102735a5
+def prepare(
+    records: Sequence[CineRecord],
+    frames: int = FRAMES,           # of the beat, end-diastole first
+    size: int = SIZE,               # pixels
+    spacing: float | None = None,   # mm per pixel; None: FIELD over size
+    rejected: Sequence[BadRecord] = (),   # go along
+) -> CineSet:
+    """One mid-ventricular slice of each record, the heart in the middle, resampled in time and space, each video in its own window.
+
+    Masks exist where somebody drew them, UNLABELLED elsewhere; None if nobody did. A record without a known spacing is taken as TYPICAL.
+    Raises `ValueError` without a record, and for sizes that cannot be."""
+    if not records or frames < LEAST or size < 16 or (spacing is not None and spacing <= 0):
+        raise ValueError(f"{len(records)} records, {frames} frames, {size} pixels, {spacing} mm: at least 1, {LEAST}, 16 and above 0 are needed; read a data set first")
+    spacing = spacing or FIELD / size
+    videos, masks = np.empty((len(records), frames, size, size), np.float32), np.full((len(records), frames, size, size), UNLABELLED, np.uint8)
+    for k, record in enumerate(records):
+        steps = record.spacing if np.isfinite(record.spacing).all() else (TYPICAL, TYPICAL)
+        chosen, *middle = find_heart(record, steps)
+        film = record.volume[:, chosen] - record.volume[:, chosen].min()
+        videos[k] = as_window(retime(resample(film, middle, steps, size, spacing), frames, record.start))
+        for number, mask in record.masks.items():
+            when = round((number - record.start) % len(film) / len(film) * frames) % frames
+            masks[k, when] = resample(mask[chosen][None], middle, steps, size, spacing, nearest=True)[0]
+    phenotypes = pd.DataFrame([record.phenotypes for record in records], columns=list(PHENOTYPES), dtype=float)
+    ticks = np.array([record.frame_time * len(record.volume) / frames for record in records])
+    return CineSet(videos, phenotypes, np.full(len(records), spacing), ticks, np.array([record.group for record in records], dtype=str),
+                   np.array([record.patient for record in records], dtype=str), masks if (masks != UNLABELLED).any() else None, rejected=list(rejected))
+
+# %% ../../nbs/20_cmr_data.ipynb #93761697
+THICK = 8.0     # mm of a slice, written to files
+
+def write_nifti(
+    videos: np.ndarray,       # (n, frames, rows, columns), or one without n
+    folder: str | Path,       # made if it is not there
+    spacing: np.ndarray | float,      # mm per pixel, (n,) or one
+    frame_time: np.ndarray | float,   # s per frame, (n,) or one; nan: unknown
+    names: Sequence[str] | None = None,   # of files, without ending; None: video_00000, ...
+    phenotypes: pd.DataFrame | None = None,   # n rows: written as phenotypes.csv, so that `read_ukb` reads the folder
+) -> list[Path]:
+    "One film (columns, rows, 1, frames) float32 per video, in mm and s. Raises `ValueError` when there are not as many names as videos."
+    videos = videos[None] if np.ndim(videos) == 3 else videos
+    names = names if names is not None else [f"video_{k:05d}" for k in range(len(videos))]
+    if len(names) != len(videos) or (phenotypes is not None and len(phenotypes) != len(videos)):
+        raise ValueError(f"{len(videos)} videos, {len(names)} names, {'no' if phenotypes is None else len(phenotypes)} rows of phenotypes: they must be as many")
+    folder, files = Path(folder), []
+    folder.mkdir(parents=True, exist_ok=True)
+    for video, name, mm, tick in zip(videos, names, np.broadcast_to(spacing, len(videos)), np.broadcast_to(frame_time, len(videos))):
+        image = nibabel.Nifti1Image(np.ascontiguousarray(video.transpose(2, 1, 0)[:, :, None], dtype=np.float32), np.diag([mm, mm, THICK, 1.0]))
+        image.header.set_zooms((mm, mm, THICK, tick if np.isfinite(tick) else 0.0))
+        image.header.set_xyzt_units("mm", "sec")
+        files.append(folder / f"{name}.nii.gz")
+        nibabel.save(image, files[-1])
+    if phenotypes is not None:
+        phenotypes.set_axis(pd.Index(list(names), name="subject")).to_csv(folder / "phenotypes.csv")
+    return files
+
+# %% ../../nbs/20_cmr_data.ipynb #d52fd66e
+GREYS = 18      # shades in a GIF: more cost bytes that nobody sees
+KEEP = 1.1      # shades
+
+def write_gif(
+    videos: np.ndarray,   # (n, frames, rows, columns) in -1...1, shown side by side; or one without n
+    path,                 # file name, or something open for writing bytes
+    fps: float = 20.0,    # frames per second
+    zoom: int = 1,        # times larger
+    columns: int = 0,     # videos in a row; 0: all
+) -> None:
+    "An endless film for looking at. For measuring, use `write_nifti`."
+    videos = videos[None] if np.ndim(videos) == 3 else np.asarray(videos)
+    n, frames, rows, wide = videos.shape
+    columns = columns or n
+    sheet = np.full((frames, math.ceil(n / columns), columns, rows, wide), -1.0, np.float32)
+    for k, video in enumerate(videos):
+        sheet[:, k // columns, k % columns] = video
+    sheet = sheet.transpose(0, 1, 3, 2, 4).reshape(frames, -1, columns * wide)
+    shade = (np.clip(sheet, -1, 1) + 1) / 2 * (GREYS - 1)
+    shown = [np.round(shade[0])]
+    for frame in shade[1:]:                                  # a pixel keeps its shade until it is clearly another: noise would cost bytes
+        shown.append(np.where(np.abs(frame - shown[-1]) > KEEP, np.round(frame), shown[-1]))
+    grey = (np.stack(shown) * (255 // (GREYS - 1))).astype(np.uint8)
+    larger = (grey.shape[2] * zoom, grey.shape[1] * zoom)
+    pictures = [Image.fromarray(frame).resize(larger, Image.Resampling.NEAREST) for frame in grey]
+    pictures[0].save(path, format="GIF", save_all=True, append_images=pictures[1:], duration=max(round(1000 / fps), 20), loop=0, optimize=True)
