@@ -8,27 +8,36 @@ __all__ = ['WALLS', 'SEGMENTS', 'LONG_AXIS', 'LEVEL_SEEN', 'PHENOTYPES', 'GROUP'
            'LEVELS', 'AROUND', 'FLATTEN', 'SEPTUM', 'LOWEST', 'RIGHT_FROM', 'OUTFLOW', 'DENSITY', 'CAP', 'SEGMENT',
            'SEGMENT_MEAN', 'PEOPLE_AT_ONCE', 'FRAMES', 'SIZE', 'FIELD', 'LABELS', 'BEARINGS', 'SLICE', 'GRAIN',
            'CANVAS', 'PIXELS', 'LOOKS', 'NOISE', 'VESSELS', 'FADE', 'EDGE', 'LAYER', 'PAPILLARY', 'VOXELS_AT_ONCE',
-           'UNLABELLED', 'LEAST', 'MID', 'MEASURES', 'Phenotype', 'list_phenotypes', 'Group', 'Territory',
-           'draw_chances', 'prevalences', 'draw_groups', 'hold', 'draw_population', 'shape_columns', 'infarct_columns',
-           'clock_columns', 'neighbour_columns', 'step', 'hill', 'away', 'ejection_end', 'end_systole', 'fullness',
-           'rest_form', 'right_form', 'Hearts', 'squeeze_walls', 'beat', 'volumes', 'segment_of', 'segment_means',
-           'arc_lengths', 'long_lengths', 'strains', 'ball', 'measure_part', 'phenotypes_of', 'cut', 'draw_looks',
-           'rings', 'ramp', 'paint_around', 'borders', 'middle_of', 'Canvas', 'place', 'papillaries', 'blend', 'paint',
-           'label', 'motion_of', 'CineSet', 'scan', 'simulate_hearts', 'thickness_in_sixths', 'measure_masks']
+           'UNLABELLED', 'LEAST', 'MID', 'MEASURES', 'AGAIN', 'TICK', 'ACDC_BOX', 'SAME', 'NEAR', 'TYPICAL', 'BLUR',
+           'QUANTILES', 'THICK', 'GREYS', 'KEEP', 'Phenotype', 'list_phenotypes', 'Group', 'Territory', 'draw_chances',
+           'hold', 'prevalences', 'draw_groups', 'draw_population', 'shape_columns', 'infarct_columns', 'clock_columns',
+           'neighbour_columns', 'step', 'hill', 'away', 'ejection_end', 'end_systole', 'fullness', 'rest_form',
+           'right_form', 'segment_of', 'segment_means', 'Hearts', 'squeeze_walls', 'beat', 'volumes', 'arc_lengths',
+           'long_lengths', 'strains', 'ball', 'measure_part', 'phenotypes_of', 'cut', 'draw_looks', 'rings', 'ramp',
+           'paint_around', 'borders', 'Canvas', 'middle_of', 'papillaries', 'place', 'blend', 'paint', 'label',
+           'motion_of', 'scan', 'CineSet', 'simulate_hearts', 'thickness_in_sixths', 'measure_masks', 'CineRecord',
+           'read_nifti', 'as_film', 'named', 'read_info', 'fit_mask', 'volumes_drawn', 'read_frames', 'read_acdc',
+           'check_acdc', 'tidy_name', 'read_phenotypes', 'read_ukb', 'check_ukb', 'beating', 'find_heart', 'resample',
+           'retime', 'as_window', 'prepare', 'write_nifti', 'write_gif']
 
 # %% ../../nbs/20_cmr_data.ipynb #f5a7c047
+import csv
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pandas as pd
 import torch
+from PIL import Image
+from scipy.ndimage import gaussian_filter
 
 from ..data import BadRecord, fingerprint, gather, problems
 
-# %% ../../nbs/20_cmr_data.ipynb #68d3719d
+# %% ../../nbs/20_cmr_data.ipynb #9cc043be
 @dataclass(frozen=True)
 class Phenotype:
     "One number of a cardiac report."
@@ -42,7 +51,6 @@ SEGMENTS = {k + 1: f"{level} {wall}" for k, (level, wall) in enumerate(
 LONG_AXIS = (3, 9, 14, 16, 12, 6)   # AHA segments that a four-chamber view cuts, from septal base over the apex to lateral base (the order is ours)
 LEVEL_SEEN = {"basal": "inferable", "mid": "visible", "apical": "invisible"}
 
-# %% ../../nbs/20_cmr_data.ipynb #97b29cca
 def list_phenotypes() -> dict[str, Phenotype]:
     "The 82 of Bai et al. (Nature Medicine 2020) in their groups. Which ones CPGG used is not published: the number agrees."
     out = {}
@@ -101,7 +109,7 @@ class Territory:
     reach: tuple[float, float] # from, to: share of the long axis, 0 apex, 1 base
 
 TERRITORIES = {"LAD": Territory(125.0, 62.0, (-0.3, 0.90)), "RCA": Territory(242.0, 52.0, (0.15, 1.3)), "LCX": Territory(338.0, 56.0, (0.12, 1.3))}
-SEXES = {  # means of men and women: mL per m2 of body surface, per cent, mm, m2 (volumes and EF after Petersen et al. 2017, healthy people of UK Biobank)
+SEXES = {  # means of men and women: mL per m2 of body surface, per cent, mm, m2 (LVEF after Petersen et al. 2017; the rest ours, beside Hudsmith et al. 2005)
     "LVEDV": (85.0, 73.0), "LVEF": (58.0, 61.0), "RVEDV": (93.0, 77.0), "WT_global": (6.35, 5.3), "surface": (1.97, 1.70), "LAVmax": (36.0, 36.0), "RAVmax": (46.0, 41.0)}
 SIMULATOR = 20                # keeps these random numbers apart from those of other rooms
 SETTINGS = ("rate", "LVEDV", "LVEF", "WT_global", "RVEDV", "LAVmax", "RAVmax")   # may be held by `given`, and are what they say (RVEF follows from SV)
@@ -116,6 +124,24 @@ def draw_chances(
 ) -> tuple[np.ndarray, np.ndarray]:
     "(n, normals) and (n, uniforms): person k's chances do not depend on n, nor on anything that is given."
     return (np.random.default_rng([SIMULATOR, seed, 0]).standard_normal((n, normals)), np.random.default_rng([SIMULATOR, seed, 1]).random((n, uniforms)))
+
+LIMITS = {"rate": (30.0, 160.0), "LVEDV": (50.0, 450.0), "LVEF": (8.0, 80.0), "WT_global": (3.5, 22.0), "RVEDV": (50.0, 500.0), "LAVmax": (15.0, 250.0), "RAVmax": (15.0, 250.0)}
+
+def hold(
+    anatomy: dict[str, np.ndarray],       # column -> (n,)
+    given: Mapping[str, object] | None,   # setting -> one value, or n of them
+) -> None:
+    "Overrule drawn settings in place. Raises `ValueError` for a name or a value that cannot be."
+    for name, value in (given or {}).items():
+        if name not in LIMITS:
+            raise ValueError(f"{name!r} is no setting of the anatomy; there are {', '.join(SETTINGS)}")
+        low, high = LIMITS[name]
+        value = np.asarray(value, dtype=float)
+        if not (np.isfinite(value) & (value >= low) & (value <= high)).all():
+            raise ValueError(f"given {name} must lie in {low:g}...{high:g}, got {value.min():g}...{value.max():g}")
+        if value.shape not in ((), (len(anatomy["rate"]),)):
+            raise ValueError(f"given {name} has shape {value.shape}: one value, or one for each of {len(anatomy['rate'])} people")
+        anatomy[name] = np.broadcast_to(value, anatomy["rate"].shape).copy()
 
 # %% ../../nbs/20_cmr_data.ipynb #fdfa5fe2
 def prevalences(
@@ -139,25 +165,6 @@ def draw_groups(
     if not set(forced) <= set(GROUPS):
         raise ValueError(f"unknown groups {sorted(set(forced) - set(GROUPS))}; there are {', '.join(GROUPS)}")
     return forced.copy()
-
-# %% ../../nbs/20_cmr_data.ipynb #80fb0b43
-LIMITS = {"rate": (30.0, 160.0), "LVEDV": (50.0, 450.0), "LVEF": (8.0, 80.0), "WT_global": (3.5, 22.0), "RVEDV": (50.0, 500.0), "LAVmax": (15.0, 250.0), "RAVmax": (15.0, 250.0)}
-
-def hold(
-    anatomy: dict[str, np.ndarray],       # column -> (n,)
-    given: Mapping[str, object] | None,   # setting -> one value, or n of them
-) -> None:
-    "Overrule drawn settings in place. Raises `ValueError` for a name or a value that cannot be."
-    for name, value in (given or {}).items():
-        if name not in LIMITS:
-            raise ValueError(f"{name!r} is no setting of the anatomy; there are {', '.join(SETTINGS)}")
-        low, high = LIMITS[name]
-        value = np.asarray(value, dtype=float)
-        if not (np.isfinite(value) & (value >= low) & (value <= high)).all():
-            raise ValueError(f"given {name} must lie in {low:g}...{high:g}, got {value.min():g}...{value.max():g}")
-        if value.shape not in ((), (len(anatomy["rate"]),)):
-            raise ValueError(f"given {name} has shape {value.shape}: one value, or one for each of {len(anatomy['rate'])} people")
-        anatomy[name] = np.broadcast_to(value, anatomy["rate"].shape).copy()
 
 # %% ../../nbs/20_cmr_data.ipynb #d4e8c9df
 def draw_population(
@@ -214,10 +221,10 @@ def shape_columns(
     a["bump"], a["bump angle"] = bump, np.radians(160 + 18 * next(z))
     a["bump reach"] = np.where(group == "HCM", 0.30 + 0.35 * next(u), 0.6 + 0 * next(u))          # how far it comes down from the base
     a["taper"] = np.clip(0.28 + 0.06 * next(z), 0.1, 0.45)                                        # thinner towards the apex
-    a["tip"] = 0.10 * next(z)                                                                     # the apical third's own thickness
+    a["tip"] = 0.14 * next(z)                                                                     # the apical third's own thickness
     a["pull"], a["pull angle"] = 0.10 * np.abs(next(z)), np.radians(20 + 45 * next(z))            # the lateral wall pulls a little more
     a["apex pull"] = np.where(group == "AMY", 0.55, 0.15) + 0.08 * next(z)                        # the apex pulls more; amyloid spares it
-    a["tip pull"] = 0.12 * next(z)
+    a["tip pull"] = 0.18 * next(z)
     a["twist"] = np.radians(np.where(np.isin(group, ("DCM", "AMY")), 6, 12) + 2.5 * next(z))      # apex against base at end-systole
     a["right angle"] = np.radians(181 + 5 * next(z))                                              # middle of the right ventricle, seen from the left one
     a["right half"] = np.radians(np.where(sick, 84, 78) + 3 * next(z))                            # half the angle that it takes
@@ -271,7 +278,6 @@ def neighbour_columns(
     a["AAo diameter"] = 31.0 * np.exp(wide + 0.003 * (a["age"] - 61) + 0.05 * next(z))                    # mm, at its widest
     a["DAo diameter"] = 24.5 * np.exp(wide + 0.004 * (a["age"] - 61) + 0.04 * next(z))
 
-# %% ../../nbs/20_cmr_data.ipynb #aaf44ee6
 def step(
     x: np.ndarray,  # 0 begin, 1 end
 ) -> np.ndarray:
@@ -366,7 +372,24 @@ def right_form(
     around = np.clip(1 - x * x, 0, None) ** 1.15 * (1 - 0.22 * x)
     return around * (1 - np.clip((1 - s) / (1 - RIGHT_FROM), 0, 1) ** 3)
 
-# %% ../../nbs/20_cmr_data.ipynb #e2f1b4de
+# %% ../../nbs/20_cmr_data.ipynb #0b3c8f91
+def segment_of() -> np.ndarray:
+    "AHA segment (0...15) of each of the LEVELS x AROUND places of the grid."
+    level, angle = np.repeat(np.arange(LEVELS), AROUND), np.tile((np.arange(AROUND) + 0.5) / AROUND * 360, LEVELS)
+    sixth = ((angle - 60) // 60 % 6).astype(int)              # 0 anterior at 60...120 degrees, then towards the septum
+    fourth = ((angle - 45) // 90 % 4).astype(int)
+    third = level // (LEVELS // 3)                            # 0 apical, 1 mid, 2 basal
+    return np.select([third == 2, third == 1], [sixth, 6 + sixth], 12 + fourth)
+
+SEGMENT = segment_of()
+SEGMENT_MEAN = np.stack([(SEGMENT == k) / (SEGMENT == k).sum() for k in range(16)], axis=1)   # (places, 16)
+
+def segment_means(
+    values: np.ndarray,  # (..., LEVELS * AROUND) on the grid
+) -> np.ndarray:
+    "Mean in each of the 16 segments, (..., 16)."
+    return values @ SEGMENT_MEAN
+
 class Hearts:
     """n hearts that can beat. Lengths in mm; angles as in `rest_form`. Tissue is told by where it lies at end-diastole. Raises `ValueError` without a row.
 
@@ -423,7 +446,6 @@ def beat(
     one, two = ((hearts.patch * part).sum(-1, keepdims=True) for part in (outer * hearts.right, hearts.right**2 / 2))
     return state | {"depth": (np.sqrt(one**2 + 4 * two * 1000 * (1 - OUTFLOW) * right / stretch) - one) / (2 * two)}
 
-# %% ../../nbs/20_cmr_data.ipynb #ac5705a7
 def volumes(
     hearts: Hearts,
     state: Mapping[str, np.ndarray],   # from `beat`
@@ -433,25 +455,7 @@ def volumes(
     add = lambda area: (hearts.patch * state["stretch"] * area / 2).sum(-1) / 1000
     return {"LV": add(inner**2), "RV": add((outer + state["depth"] * hearts.right) ** 2 - outer**2) / (1 - OUTFLOW), "wall": add(outer**2 - inner**2)}
 
-# %% ../../nbs/20_cmr_data.ipynb #3fe109f9
-def segment_of() -> np.ndarray:
-    "AHA segment (0...15) of each of the LEVELS x AROUND places of the grid."
-    level, angle = np.repeat(np.arange(LEVELS), AROUND), np.tile((np.arange(AROUND) + 0.5) / AROUND * 360, LEVELS)
-    sixth = ((angle - 60) // 60 % 6).astype(int)              # 0 anterior at 60...120 degrees, then towards the septum
-    fourth = ((angle - 45) // 90 % 4).astype(int)
-    third = level // (LEVELS // 3)                            # 0 apical, 1 mid, 2 basal
-    return np.select([third == 2, third == 1], [sixth, 6 + sixth], 12 + fourth)
-
-SEGMENT = segment_of()
-SEGMENT_MEAN = np.stack([(SEGMENT == k) / (SEGMENT == k).sum() for k in range(16)], axis=1)   # (places, 16)
-
-def segment_means(
-    values: np.ndarray,  # (..., LEVELS * AROUND) on the grid
-) -> np.ndarray:
-    "Mean in each of the 16 segments, (..., 16)."
-    return values @ SEGMENT_MEAN
-
-# %% ../../nbs/20_cmr_data.ipynb #8e13c81e
+# %% ../../nbs/20_cmr_data.ipynb #59e40f1c
 def arc_lengths(
     radius: np.ndarray,  # (..., LEVELS, AROUND) mm
 ) -> np.ndarray:
@@ -468,7 +472,6 @@ def long_lengths(
     shape = radius.shape[:-2] + (3, LEVELS // 3, radius.shape[-1])
     return np.sqrt(np.diff(radius.reshape(shape), axis=-2) ** 2 + rise[..., None] ** 2).sum(-2)
 
-# %% ../../nbs/20_cmr_data.ipynb #59e40f1c
 PEOPLE_AT_ONCE = 64   # what is worked on stays near the processor (fastest of 8, 16, 32, 64, 512)
 
 def strains(
@@ -489,7 +492,7 @@ def strains(
         parts.append(change(meridian[:, :, third][..., inside].mean(-1)))
     return {"WT": thick[:, 0], "Err": change(thick), "Ecc": change(arc), "Ell": np.stack(parts, axis=1)}
 
-# %% ../../nbs/20_cmr_data.ipynb #d6b1cb39
+# %% ../../nbs/20_cmr_data.ipynb #e85e29fa
 def ball(
     volume: np.ndarray,  # mL
 ) -> np.ndarray:
@@ -527,14 +530,13 @@ def phenotypes_of(
     parts = [measure_part(anatomy.iloc[start : start + PEOPLE_AT_ONCE]) for start in range(0, len(anatomy), PEOPLE_AT_ONCE)]
     return pd.DataFrame({name: np.concatenate([part[name] for part in parts]) for name in PHENOTYPES})
 
-# %% ../../nbs/20_cmr_data.ipynb #81384237
+# %% ../../nbs/20_cmr_data.ipynb #788db461
 FRAMES, SIZE = 20, 48     # of a small video; the paper's has 50 frames of 96 x 96
 FIELD = 134.4             # mm that a video shows: 1.4 mm a pixel at 96 (ours)
 LABELS = {"RV": 1, "myocardium": 2, "LV": 3}   # ACDC's numbers; 0 is everything else
 BEARINGS = 256            # directions in which borders are kept
 SLICE = 0.5               # where the slice lies along the cavity's long axis at end-diastole
 
-# %% ../../nbs/20_cmr_data.ipynb #58983858
 def cut(
     hearts: Hearts,
     phase: np.ndarray,  # (frames,) shares of a beat
@@ -660,6 +662,16 @@ def borders(
     rows = (c["inner"], c["outer"], c["right"], c["inner rest"], c["outer rest"] - c["outer"], c["right rest"] - c["right"], spongy, coarse, shell, cover)
     return torch.from_numpy(np.stack([np.broadcast_to(row, c["inner"].shape).astype(np.float32) for row in rows]).reshape(len(rows), -1)), c
 
+@dataclass
+class Canvas:
+    "Every pixel of some videos in the heart's own coordinates, each (n, frames, size, size)."
+    radius: torch.Tensor     # mm from the long axis
+    side: torch.Tensor       # mm to the right of it
+    height: torch.Tensor     # mm above it
+    borders: torch.Tensor    # (10, n, frames, size, size) mm, from `borders`, in this pixel's direction
+    came_x: torch.Tensor     # mm right of the picture's middle: where this tissue was at end-diastole
+    came_y: torch.Tensor     # mm above it
+
 # %% ../../nbs/20_cmr_data.ipynb #cdec665e
 def middle_of(
     c: Mapping[str, np.ndarray],  # from `cut`
@@ -677,17 +689,32 @@ def middle_of(
     reach = np.stack([(x * math.cos(slant) + y * math.sin(slant)).max(1) + rest @ [math.cos(slant), math.sin(slant)], -(y.min(1) + rest[:, 1])], axis=1)
     return middle, breath, reach
 
-# %% ../../nbs/20_cmr_data.ipynb #4ff2f493
-@dataclass
-class Canvas:
-    "Every pixel of some videos in the heart's own coordinates, each (n, frames, size, size)."
-    radius: torch.Tensor     # mm from the long axis
-    side: torch.Tensor       # mm to the right of it
-    height: torch.Tensor     # mm above it
-    borders: torch.Tensor    # (10, n, frames, size, size) mm, from `borders`, in this pixel's direction
-    came_x: torch.Tensor     # mm right of the picture's middle: where this tissue was at end-diastole
-    came_y: torch.Tensor     # mm above it
+PAPILLARY = ((38.0, 0.80), (268.0, 0.80))   # degrees, share of the inner radius: anterolateral and posteromedial
 
+def papillaries(
+    c: Mapping[str, np.ndarray],
+    look: Mapping[str, np.ndarray],
+    canvas: Canvas,
+    soft: float,                   # mm
+) -> torch.Tensor:
+    "Share of each pixel inside a papillary muscle, (n, frames, size, size). They keep their volume, too."
+    share = torch.zeros_like(canvas.radius)
+    n, frames = share.shape[:2]
+    of = lambda values: torch.as_tensor(values, dtype=torch.float32).reshape(n, frames, 1, 1)
+    for k, (degrees, far) in enumerate(PAPILLARY):
+        angle = np.radians(degrees + 8 * look["z"][:, 18 + k])[:, None] + c["turn"][..., 0]
+        bin_ = np.round(angle / TWO_PI * BEARINGS).astype(int) % BEARINGS
+        inner = np.take_along_axis(c["inner"], bin_[..., None], -1)[..., 0]
+        thick = (5.0 + 0.7 * look["z"][:, 20 + k])[:, None] * (c["inner rest"].mean(-1) / 26) ** 0.5 / np.sqrt(c["stretch"][..., 0])
+        thick = np.minimum(thick, 0.36 * inner)
+        away_from = (far + 0.04 * look["z"][:, 22 + k])[:, None] * inner
+        dx, dy = canvas.side - of(away_from * np.cos(angle)), canvas.height - of(away_from * np.sin(angle))
+        lean, flat = angle + 0.5 * look["z"][:, 24 + k, None], 1.25                      # an ellipse that leans a little
+        along, across = dx * of(np.cos(lean) / flat) + dy * of(np.sin(lean) / flat), dy * of(np.cos(lean) * flat) - dx * of(np.sin(lean) * flat)
+        share = torch.maximum(share, ramp(of(thick) - (along * along + across * across).sqrt_(), soft))
+    return share
+
+# %% ../../nbs/20_cmr_data.ipynb #4ff2f493
 def place(
     c: Mapping[str, np.ndarray],
     table: torch.Tensor,     # from `borders`
@@ -722,32 +749,6 @@ def place(
     came_x += outside * of(middle[..., 0] - start[..., 0] - breath[..., 0])
     came_y += outside * of(middle[..., 1] - start[..., 1] - breath[..., 1])
     return Canvas(radius, side, height, found, came_x, came_y)
-
-# %% ../../nbs/20_cmr_data.ipynb #4a14015c
-PAPILLARY = ((38.0, 0.80), (268.0, 0.80))   # degrees, share of the inner radius: anterolateral and posteromedial
-
-def papillaries(
-    c: Mapping[str, np.ndarray],
-    look: Mapping[str, np.ndarray],
-    canvas: Canvas,
-    soft: float,                   # mm
-) -> torch.Tensor:
-    "Share of each pixel inside a papillary muscle, (n, frames, size, size). They keep their volume, too."
-    share = torch.zeros_like(canvas.radius)
-    n, frames = share.shape[:2]
-    of = lambda values: torch.as_tensor(values, dtype=torch.float32).reshape(n, frames, 1, 1)
-    for k, (degrees, far) in enumerate(PAPILLARY):
-        angle = np.radians(degrees + 8 * look["z"][:, 18 + k])[:, None] + c["turn"][..., 0]
-        bin_ = np.round(angle / TWO_PI * BEARINGS).astype(int) % BEARINGS
-        inner = np.take_along_axis(c["inner"], bin_[..., None], -1)[..., 0]
-        thick = (5.0 + 0.7 * look["z"][:, 20 + k])[:, None] * (c["inner rest"].mean(-1) / 26) ** 0.5 / np.sqrt(c["stretch"][..., 0])
-        thick = np.minimum(thick, 0.36 * inner)
-        away_from = (far + 0.04 * look["z"][:, 22 + k])[:, None] * inner
-        dx, dy = canvas.side - of(away_from * np.cos(angle)), canvas.height - of(away_from * np.sin(angle))
-        lean, flat = angle + 0.5 * look["z"][:, 24 + k, None], 1.25                      # an ellipse that leans a little
-        along, across = dx * of(np.cos(lean) / flat) + dy * of(np.sin(lean) / flat), dy * of(np.cos(lean) * flat) - dx * of(np.sin(lean) * flat)
-        share = torch.maximum(share, ramp(of(thick) - (along * along + across * across).sqrt_(), soft))
-    return share
 
 # %% ../../nbs/20_cmr_data.ipynb #643c946a
 def blend(
@@ -818,6 +819,28 @@ def motion_of(
     down, across = canvas.came_y + at[:, None], at - canvas.came_x
     return (torch.stack([down, across], dim=2) * (size / FIELD)).numpy()
 
+UNLABELLED = 255          # in masks: nobody drew in this frame
+LEAST = 8                 # frames: fewer cannot show a beat
+
+def scan(
+    signal: torch.Tensor,   # (n, frames, size, size) from `paint`
+    look: Mapping[str, np.ndarray],
+) -> np.ndarray:
+    "What the scanner makes of it, float32 in -1...1: the coil's slow shading, Rician noise, a fixed window."
+    n, frames, size, _ = signal.shape
+    at = np.linspace(-1, 1, size)
+    shade = 1 + look["bias"][:, 0, None, None] * at[None, None, :] - look["bias"][:, 1, None, None] * at[None, :, None] + look["bias"][:, 2, None, None] * (at[None, :, None] ** 2 + at**2 - 0.67)
+    image = signal.numpy() * shade.astype(np.float32)[:, None]
+    for k, rng in enumerate(look["rng"]):
+        noise = rng.standard_normal((frames, 2, size, size), dtype=np.float32)
+        noise *= np.float32(look["noise"][k])
+        noise[:, 0] += image[k]
+        np.square(noise, out=noise)
+        np.sqrt(noise[:, 0] + noise[:, 1], out=image[k])
+    image *= 2
+    image -= 1
+    return np.clip(image, -1, 1, out=image)
+
 # %% ../../nbs/20_cmr_data.ipynb #219fc329
 @dataclass(frozen=True)
 class CineSet:
@@ -855,29 +878,6 @@ class CineSet:
     def __repr__(self) -> str:
         n, frames, size, _ = self.videos.shape
         return f"CineSet: {n:,} videos of {frames} x {size} x {size}, {len(set(self.patients)):,} people, {len(self.rejected):,} rejected"
-
-# %% ../../nbs/20_cmr_data.ipynb #451b6406
-UNLABELLED = 255          # in masks: nobody drew in this frame
-LEAST = 8                 # frames: fewer cannot show a beat
-
-def scan(
-    signal: torch.Tensor,   # (n, frames, size, size) from `paint`
-    look: Mapping[str, np.ndarray],
-) -> np.ndarray:
-    "What the scanner makes of it, float32 in -1...1: the coil's slow shading, Rician noise, a fixed window."
-    n, frames, size, _ = signal.shape
-    at = np.linspace(-1, 1, size)
-    shade = 1 + look["bias"][:, 0, None, None] * at[None, None, :] - look["bias"][:, 1, None, None] * at[None, :, None] + look["bias"][:, 2, None, None] * (at[None, :, None] ** 2 + at**2 - 0.67)
-    image = signal.numpy() * shade.astype(np.float32)[:, None]
-    for k, rng in enumerate(look["rng"]):
-        noise = rng.standard_normal((frames, 2, size, size), dtype=np.float32)
-        noise *= np.float32(look["noise"][k])
-        noise[:, 0] += image[k]
-        np.square(noise, out=noise)
-        np.sqrt(noise[:, 0] + noise[:, 1], out=image[k])
-    image *= 2
-    image -= 1
-    return np.clip(image, -1, 1, out=image)
 
 # %% ../../nbs/20_cmr_data.ipynb #c269f1f8
 def simulate_hearts(
@@ -965,3 +965,387 @@ def measure_masks(
     wobble = np.abs(np.diff(area["LV"], n=2, axis=1)).mean(1) if masks.shape[1] > 2 else np.full(n, np.nan)
     out["jitter"] = np.where(np.isfinite(out["area_LV_ED"]), wobble / np.maximum(area["LV"].mean(1), 1e-9), np.nan)
     return pd.DataFrame(out)[list(MEASURES)]
+
+# %% ../../nbs/20_cmr_data.ipynb #2df773e5
+@dataclass(frozen=True)
+class CineRecord:
+    "One person's film as it lies on disk: what is known, and nothing that is guessed."
+    volume: np.ndarray           # (frames, slices, rows, columns) float32, scanner's units
+    spacing: tuple[float, float] # mm between rows and between columns; nan: the header does not say
+    frame_time: float            # s; nan: unknown
+    patient: str
+    group: str = ""              # as the data set says
+    start: int = 0               # frame of end-diastole
+    masks: dict[int, np.ndarray] = field(default_factory=dict)       # frame -> (slices, rows, columns) uint8 of LABELS
+    phenotypes: dict[str, float] = field(default_factory=dict)       # of PHENOTYPES; what is missing is unknown
+    fields: dict[str, str] = field(default_factory=dict)             # what a text beside it says
+    flags: tuple[str, ...] = ()  # quirks that were noticed
+
+AGAIN = "download the file again, or take it out of the folder"
+TICK = (0.005, 0.2)   # s between frames that a heart can be filmed with; a thousand times that is milliseconds
+
+def read_nifti(
+    file: str | Path,  # .nii or .nii.gz
+) -> tuple[np.ndarray, tuple[float, ...], float]:
+    """Array as it is stored (columns, rows, ...) float32; mm of its spatial axes; s between frames, nan if the header says nothing that a heart could be filmed with.
+
+    Raises `BadRecord` when it cannot be read to its end, holds NaN or infinity, or has a spacing of zero."""
+    try:
+        with nibabel.openers.ImageOpener(str(file)) as opened:      # nibabel mends spacings of zero silently: look at them before
+            steps = nibabel.Nifti1Header.from_fileobj(opened, check=False)["pixdim"][1:5].astype(float)
+        image = nibabel.load(file)
+        array = np.asarray(image.dataobj, dtype=np.float32)
+    except Exception as error:   # gzip, zlib, nibabel and numpy raise many kinds
+        raise BadRecord(file, "the whole file", f"it cannot be read as NIfTI ({type(error).__name__}: {str(error)[:80]})", AGAIN) from None
+    if not (np.isfinite(steps[: min(array.ndim, 3)]) & (steps[: min(array.ndim, 3)] > 0)).all():
+        raise BadRecord(file, "pixdim of the header", f"spacing {tuple(float(s) for s in steps[:3])} mm", "convert it again from DICOM, or correct the header")
+    if not np.isfinite(array).all():
+        raise BadRecord(file, "the voxels", f"{(~np.isfinite(array)).sum():,} of them are NaN or infinite", "convert it again from DICOM")
+    tick = steps[3] / 1000 if 1000 * TICK[0] <= steps[3] <= 1000 * TICK[1] else steps[3]
+    return array, tuple(steps[:3]), tick if array.ndim > 3 and TICK[0] <= tick <= TICK[1] else math.nan
+
+# %% ../../nbs/20_cmr_data.ipynb #a53472bb
+def as_film(
+    file: Path,
+    array: np.ndarray,   # from `read_nifti`
+) -> np.ndarray:
+    "(frames, slices, rows, columns). Raises `BadRecord` when it is no film."
+    if array.ndim != 4:
+        raise BadRecord(file, "its shape", f"{array.shape} is {array.ndim}-D, and a film of slices is 4-D", "name the 4-D file, not one frame of it")
+    if array.shape[3] < LEAST:
+        raise BadRecord(file, "its shape", f"{array.shape[3]} frames; a beat needs at least {LEAST}", AGAIN)
+    if float(array.max()) == float(array.min()):
+        raise BadRecord(file, "the voxels", "they are all the same", AGAIN)
+    return np.ascontiguousarray(array.transpose(3, 2, 1, 0))
+
+def named(
+    file: Path,
+) -> str:
+    "A file's name without .nii or .nii.gz."
+    return file.name.removesuffix(".gz").removesuffix(".nii")
+
+# %% ../../nbs/20_cmr_data.ipynb #cdf6ee75
+ACDC_BOX = (85, 50, 1)      # first row, column and slice of a box that a public copy of ACDC cut its films to
+SAME = 0.99                 # correlation of a frame with the film's, if one is a piece of the other
+
+def read_info(
+    file: Path,  # Info.cfg
+) -> dict[str, str]:
+    "Its fields. Raises `BadRecord` when ED or ES is no number."
+    said = dict((part.strip() for part in line.split(":", 1)) for line in file.read_text(errors="replace").splitlines() if ":" in line)
+    for key in ("ED", "ES"):
+        if not said.get(key, "").isdigit() or int(said[key]) < 1:
+            raise BadRecord(file, key, f"{said.get(key)!r} is no frame number", "take Info.cfg from the official release")
+    return said
+
+def fit_mask(
+    file: Path,          # of the mask, for messages
+    mask: np.ndarray,    # (slices, rows, columns)
+    still: np.ndarray | None,   # the frame that it was drawn on, same shape
+    frame: np.ndarray,   # (slices, rows, columns) of the film
+) -> np.ndarray:
+    "The mask as uint8 in the film's shape. Raises `BadRecord` when it does not fit, or holds something else than LABELS."
+    if not set(np.unique(mask)) <= {0, *LABELS.values()}:
+        raise BadRecord(file, "its values", f"{sorted(set(np.unique(mask).tolist()))[:6]}; 0, 1, 2 and 3 are known", AGAIN)
+    if mask.shape == frame.shape:
+        return mask.astype(np.uint8)
+    row, column, first = ACDC_BOX
+    box = (slice(first, first + frame.shape[0]), slice(row, row + frame.shape[1]), slice(column, column + frame.shape[2]))
+    if still is not None and still.shape == mask.shape and still[box].shape == frame.shape and np.corrcoef(still[box].ravel(), frame.ravel())[0, 1] > SAME:
+        return mask[box].astype(np.uint8)
+    raise BadRecord(file, "its shape", f"{mask.shape[::-1]}, and the film's frames have {frame.shape[::-1]}", "take film and masks from one release")
+
+# %% ../../nbs/20_cmr_data.ipynb #8b053036
+def volumes_drawn(
+    full: np.ndarray,    # (slices, rows, columns) of LABELS at end-diastole
+    empty: np.ndarray,   # at end-systole
+    voxel: float,        # mL
+) -> dict[str, float]:
+    "Phenotypes that a stack of masks gives: slices are summed."
+    out = {}
+    for side in ("LV", "RV"):
+        most, least = ((mask == LABELS[side]).sum() * voxel for mask in (full, empty))
+        out |= {f"{side}EDV": most, f"{side}ESV": least, f"{side}SV": most - least, f"{side}EF": 100 * (most - least) / most if most else math.nan}
+    return out | {"LVM": DENSITY * (full == LABELS["myocardium"]).sum() * voxel}
+
+def read_frames(
+    files: Mapping[int, tuple[Path, Path | None]],  # frame (from 0) -> its mask, its picture
+    volume: np.ndarray,                             # (frames, slices, rows, columns)
+) -> tuple[dict[int, np.ndarray], list[np.ndarray], tuple[float, ...] | None]:
+    "Masks in the film's shape, masks as drawn, and their spacing."
+    masks, drawn, steps = {}, [], None
+    for k, (mask_file, still_file) in sorted(files.items()):
+        mask, steps, _ = read_nifti(mask_file)
+        still = read_nifti(still_file)[0].transpose(2, 1, 0) if still_file else None
+        if k >= len(volume):
+            raise BadRecord(mask_file, "its frame", f"number {k + 1} of a film with {len(volume)}", "take film and masks from one release")
+        masks[k] = fit_mask(mask_file, mask.transpose(2, 1, 0), still, volume[k])
+        drawn.append(mask.transpose(2, 1, 0))
+    return masks, drawn, steps
+
+# %% ../../nbs/20_cmr_data.ipynb #e346460c
+def read_acdc(
+    root: str | Path,  # folder that holds training/patientNNN (films and frames may lie in two trees below it)
+) -> tuple[list[CineRecord], list[BadRecord]]:
+    """ACDC: a film, two frames with masks and Info.cfg for each patient. Raises `BadRecord` only when there is nothing to read.
+
+    Spacing comes from frame files if there are any: the header of a film can be wrong (1 mm in all directions is taken as unknown, and flagged)."""
+    base = Path(root)
+    found: dict[str, dict[str, list[Path]]] = {}
+    for file in sorted(base.rglob("patient*.nii*")) + sorted(base.rglob("Info.cfg")):
+        patient, _, kind = (file.parent.name, "", "info") if file.name == "Info.cfg" else named(file).partition("_")
+        found.setdefault(patient, {}).setdefault("mask" if kind.endswith("_gt") else "still" if kind.startswith("frame") else kind, []).append(file)
+    if not any(set(files) & {"4d", "still", "mask"} for files in found.values()):
+        raise BadRecord(base, "the whole folder", "there is no patientNNN_4d.nii.gz in it", "name the folder of the release with --root")
+
+    def read(patient: str) -> CineRecord:
+        files = found[patient]
+        if len(files.get("4d", [])) != 1:
+            raise BadRecord(base / patient, f"{patient}_4d.nii.gz", f"there are {len(files.get('4d', []))} of it", "keep one film for each patient")
+        film = files["4d"][0]
+        said = read_info(files["info"][0]) if "info" in files else {}
+        array, steps, tick = read_nifti(film)
+        volume = as_film(film, array)
+        if said.get("NbFrame", str(len(volume))) != str(len(volume)) or max(int(said.get(key, 1)) for key in ("ED", "ES")) > len(volume):
+            raise BadRecord(film, "its frames", f"{len(volume)}; Info.cfg says {said.get('NbFrame')}, ED {said.get('ED')} and ES {said.get('ES')}", "take both from one release")
+        stills = {named(file): file for file in files.get("still", [])}
+        number = lambda file: int(named(file).removesuffix("_gt").rpartition("frame")[2]) - 1
+        masks, drawn, known = read_frames({number(file): (file, stills.get(named(file).removesuffix("_gt"))) for file in files.get("mask", [])}, volume)
+        flags = () if "info" in files else ("no Info.cfg",)
+        if known is None and set(steps) == {1.0}:
+            steps, flags = (math.nan,) * 3, flags + ("spacing unknown",)
+        steps, group, start = known or steps, said.get("Group", ""), int(said.get("ED", 1)) - 1
+        both = dict(zip(sorted(masks), drawn))
+        end = int(said.get("ES", 0)) - 1
+        phenotypes = volumes_drawn(both[start], both[end], math.prod(steps) / 1000) if {start, end} <= set(both) else {}
+        return CineRecord(volume, (steps[1], steps[0]), tick, patient, group if group in GROUPS else "", start, masks, phenotypes, said, flags)
+
+    return gather(sorted(found), read)
+
+def check_acdc(root: str | Path) -> list[BadRecord]:
+    "Everything missing or broken in a folder of ACDC. Empty: all is well."
+    return problems(read_acdc, root)
+
+# %% ../../nbs/20_cmr_data.ipynb #d22052fa
+def tidy_name(
+    column: str,  # of a table, e.g. "WT_AHA_1 (mm)", "LAV max (mL)", "AAo max area (mm2)", "Ecc_Global (%)"
+) -> str:
+    "The name in PHENOTYPES that a column means, or the column as it is."
+    short = re.sub(r"\s*\(.*\)$", "", column.strip()).replace("_AHA_", "_").replace("Global", "global")
+    short = re.sub(r"^(LA|RA)V (max|min)$", r"\1V\2", short)
+    short = re.sub(r"^(AAo|DAo) (max|min) area$", r"\1_\2", short).replace("Ao distensibility", "Ao_distensibility")
+    return short if short in PHENOTYPES else column.strip()
+
+def read_phenotypes(
+    file: str | Path,  # a table: first column the subject, 82 others in any order
+) -> tuple[dict[str, dict[str, float]], list[BadRecord]]:
+    "Subject -> phenotypes (empty fields are left out), and rows that are no rows. Raises `BadRecord` when columns are missing."
+    try:
+        with open(file, newline="", encoding="utf-8-sig") as opened:
+            head, *lines = [row for row in csv.reader(opened) if row]
+    except (OSError, ValueError, csv.Error) as error:
+        raise BadRecord(file, "the whole table", f"it cannot be read ({type(error).__name__})", AGAIN) from None
+    names = [tidy_name(column) for column in head[1:]]
+    if missing := [name for name in PHENOTYPES if name not in names]:
+        raise BadRecord(file, "the header", f"{len(missing)} phenotypes have no column, {', '.join(missing[:3])} among them", "see the card for names; leave fields empty where nothing was measured")
+    table, rejected = {}, []
+    for k, (subject, *values) in enumerate(lines):
+        try:
+            if len(values) != len(names):
+                raise ValueError(f"{len(values)} values, and the header has {len(names)}")
+            if subject in table:
+                raise ValueError(f"subject {subject} has a row already")
+            row = {name: float(value) for name, value in zip(names, values) if name in PHENOTYPES and value.strip()}
+            table[subject] = {name: value for name, value in row.items() if math.isfinite(value)}
+        except ValueError as error:
+            rejected.append(BadRecord(file, f"line {k + 2}, subject {subject}", str(error), "correct the row"))
+    return table, rejected
+
+# %% ../../nbs/20_cmr_data.ipynb #da0899df
+def read_ukb(
+    root: str | Path,  # folder with phenotypes.csv and <subject>.nii.gz, each (columns, rows, frames) or (columns, rows, 1, frames)
+) -> tuple[list[CineRecord], list[BadRecord]]:
+    "One slice and 82 phenotypes per subject, as CPGG's code expects them from UK Biobank. Raises `BadRecord` only when there is nothing to read."
+    base = Path(root)
+    tables, files = sorted(base.rglob("phenotypes.csv")), sorted(base.rglob("*.nii")) + sorted(base.rglob("*.nii.gz"))
+    if len(tables) != 1 or not files:
+        raise BadRecord(base, "the whole folder", f"{len(tables)} tables phenotypes.csv and {len(files)} films; one table and some films are needed", "name the folder with --root")
+    table, rejected = read_phenotypes(tables[0])
+    lost = {re.search(r"subject (\S+)", problem.where)[1] for problem in rejected}
+    seen: set[str] = set()
+
+    def read(file: Path) -> CineRecord:
+        subject = named(file)
+        if subject in seen:
+            raise BadRecord(file, "its name", f"subject {subject} has a film already", "keep one film for each subject")
+        seen.add(subject)
+        if subject not in table:
+            raise BadRecord(file, "its phenotypes", f"phenotypes.csv has no {'readable ' if subject in lost else ''}row for subject {subject}", "add the row, or take the film away")
+        array, steps, tick = read_nifti(file)
+        if array.ndim == 3:                                   # time is the third axis
+            tick = steps[2] / 1000 if 1000 * TICK[0] <= steps[2] <= 1000 * TICK[1] else steps[2]
+            array, tick = array[:, :, None], tick if TICK[0] <= tick <= TICK[1] else math.nan
+        if array.ndim != 4 or array.shape[2] != 1:
+            raise BadRecord(file, "its shape", f"{array.shape}; one slice over time is needed", "cut the mid-ventricular slice out of the stack")
+        return CineRecord(as_film(file, array), (steps[1], steps[0]), tick, subject, phenotypes=table[subject])
+
+    records, unread = gather(files, read)
+    return records, rejected + unread + [BadRecord(tables[0], f"subject {subject}", "there is no film of this subject", "download it, or take the row away") for subject in sorted(set(table) - seen)]
+
+def check_ukb(root: str | Path) -> list[BadRecord]:
+    "Everything missing or broken in a UK-Biobank-like folder. Empty: all is well."
+    return problems(read_ukb, root)
+
+# %% ../../nbs/20_cmr_data.ipynb #93dfc82f
+NEAR = 70.0        # mm around the middle of motion that count for finding it
+TYPICAL = 1.5      # mm per pixel where a header does not say
+BLUR = 5.0         # mm: motion is looked at this coarsely
+QUANTILES = (0.01, 0.99)   # of a video, become -1 and 1
+
+def beating(
+    volume: np.ndarray,   # (frames, slices, rows, columns)
+    steps: tuple[float, float],   # mm
+) -> np.ndarray:
+    "Where the signal goes up and down once a beat, (slices, rows, columns): amplitude of the first harmonic, blurred."
+    wave = np.exp(-TWO_PI * 1j * np.arange(len(volume)) / len(volume)).astype(np.complex64)
+    amplitude = np.abs(np.tensordot(wave, volume, axes=(0, 0)))
+    return gaussian_filter(amplitude, (0, BLUR / steps[0], BLUR / steps[1]))
+
+def find_heart(
+    record: CineRecord,
+    steps: tuple[float, float],   # mm
+) -> tuple[int, float, float]:
+    "Slice, row and column of the heart's middle: from masks if there are any, else where the beat is strongest."
+    if record.masks:
+        mask = record.masks[min(record.masks, key=lambda k: abs(k - record.start))]
+        slices = np.flatnonzero((mask == LABELS["LV"]).any((1, 2)))
+        if len(slices):
+            chosen = int(slices[len(slices) // 2])
+            row, column = np.nonzero(mask[chosen])
+            return chosen, (row.min() + row.max()) / 2, (column.min() + column.max()) / 2
+    power = np.sqrt(beating(record.volume, steps))              # a root: the strongest edge must not decide alone
+    total = power.sum(0)
+    row, column = np.unravel_index(gaussian_filter(total, (2 * BLUR / steps[0], 2 * BLUR / steps[1])).argmax(), total.shape)
+    y, x = np.indices(total.shape)
+    for _ in range(5):                                          # the middle of what beats near the middle
+        weight = total * (((y - row) * steps[0]) ** 2 + ((x - column) * steps[1]) ** 2 < NEAR**2)
+        row, column = (weight * y).sum() / weight.sum(), (weight * x).sum() / weight.sum()
+    by_slice = (power * (weight > 0)).sum((1, 2))
+    return int(round((by_slice * np.arange(len(by_slice))).sum() / by_slice.sum())), float(row), float(column)
+
+# %% ../../nbs/20_cmr_data.ipynb #cc8776c4
+def resample(
+    film: np.ndarray,             # (frames, rows, columns)
+    middle: tuple[float, float],  # row, column
+    steps: tuple[float, float],   # mm
+    size: int,                    # pixels wanted
+    spacing: float,               # mm per pixel wanted
+    nearest: bool = False,        # for masks
+) -> np.ndarray:
+    "A square around the middle, (frames, size, size) float32; zero outside the film. Coarser pixels are means of finer ones."
+    fine = 1 if nearest else max(math.ceil(spacing / min(steps)), 1)
+    at = ((np.arange(size * fine) + 0.5) / fine - size / 2) * spacing
+    rows, columns = (2 * (m + at / step + 0.5) / extent - 1 for m, step, extent in zip(middle, steps, film.shape[1:]))
+    grid = torch.from_numpy(np.stack(np.broadcast_arrays(columns[None, :], rows[:, None]), axis=-1).astype(np.float32))[None]
+    found = torch.nn.functional.grid_sample(torch.from_numpy(film.astype(np.float32))[None], grid, mode="nearest" if nearest else "bilinear", align_corners=False)
+    return torch.nn.functional.avg_pool2d(found, fine)[0].numpy()
+
+def retime(
+    film: np.ndarray,  # (frames, ...) of one whole beat
+    frames: int,       # wanted
+    start: int,        # frame that becomes the first
+) -> np.ndarray:
+    "The beat in `frames` even steps; the last frame leads back to the first."
+    at = start + np.arange(frames) * len(film) / frames
+    low, share = np.floor(at).astype(int), (at % 1).astype(np.float32).reshape(-1, *(1,) * (film.ndim - 1))
+    return film[low % len(film)] * (1 - share) + film[(low + 1) % len(film)] * share
+
+def as_window(
+    video: np.ndarray,  # any shape
+) -> np.ndarray:
+    "QUANTILES become -1 and 1, float32; what lies beyond is cut."
+    low, high = np.quantile(video, QUANTILES)
+    return np.clip(2 * (video - low) / max(high - low, 1e-6) - 1, -1, 1).astype(np.float32)
+
+# %% ../../nbs/20_cmr_data.ipynb #102735a5
+def prepare(
+    records: Sequence[CineRecord],
+    frames: int = FRAMES,           # of the beat, end-diastole first
+    size: int = SIZE,               # pixels
+    spacing: float | None = None,   # mm per pixel; None: FIELD over size
+    rejected: Sequence[BadRecord] = (),   # go along
+) -> CineSet:
+    """One mid-ventricular slice of each record, the heart in the middle, resampled in time and space, each video in its own window.
+
+    Masks exist where somebody drew them, UNLABELLED elsewhere; None if nobody did. A record without a known spacing is taken as TYPICAL. Raises `ValueError` without a record."""
+    if not records or frames < LEAST or size < 16 or (spacing is not None and spacing <= 0):
+        raise ValueError(f"{len(records)} records, {frames} frames, {size} pixels, {spacing} mm: at least 1, {LEAST}, 16 and above 0 are needed; read a data set first")
+    spacing = spacing or FIELD / size
+    videos, masks = np.empty((len(records), frames, size, size), np.float32), np.full((len(records), frames, size, size), UNLABELLED, np.uint8)
+    for k, record in enumerate(records):
+        steps = record.spacing if np.isfinite(record.spacing).all() else (TYPICAL, TYPICAL)
+        chosen, *middle = find_heart(record, steps)
+        film = record.volume[:, chosen] - record.volume[:, chosen].min()
+        videos[k] = as_window(retime(resample(film, middle, steps, size, spacing), frames, record.start))
+        for number, mask in record.masks.items():
+            when = round((number - record.start) % len(film) / len(film) * frames) % frames
+            masks[k, when] = resample(mask[chosen][None], middle, steps, size, spacing, nearest=True)[0]
+    phenotypes = pd.DataFrame([record.phenotypes for record in records], columns=list(PHENOTYPES), dtype=float)
+    ticks = np.array([record.frame_time * len(record.volume) / frames for record in records])
+    return CineSet(videos, phenotypes, np.full(len(records), spacing), ticks, np.array([record.group for record in records], dtype=str),
+                   np.array([record.patient for record in records], dtype=str), masks if (masks != UNLABELLED).any() else None, rejected=list(rejected))
+
+# %% ../../nbs/20_cmr_data.ipynb #93761697
+THICK = 8.0     # mm of a slice, written to files
+
+def write_nifti(
+    videos: np.ndarray,       # (n, frames, rows, columns), or one without n
+    folder: str | Path,       # made if it is not there
+    spacing: np.ndarray | float,      # mm per pixel, (n,) or one
+    frame_time: np.ndarray | float,   # s per frame, (n,) or one; nan: unknown
+    names: Sequence[str] | None = None,   # of files, without ending; None: video_00000, ...
+    phenotypes: pd.DataFrame | None = None,   # n rows: written as phenotypes.csv, so that `read_ukb` reads the folder
+) -> list[Path]:
+    "One film (columns, rows, 1, frames) float32 per video, in mm and s. Raises `ValueError` when there are not as many names as videos."
+    videos = videos[None] if np.ndim(videos) == 3 else videos
+    names = names if names is not None else [f"video_{k:05d}" for k in range(len(videos))]
+    if len(names) != len(videos) or (phenotypes is not None and len(phenotypes) != len(videos)):
+        raise ValueError(f"{len(videos)} videos, {len(names)} names, {'no' if phenotypes is None else len(phenotypes)} rows of phenotypes: they must be as many")
+    folder, files = Path(folder), []
+    folder.mkdir(parents=True, exist_ok=True)
+    for video, name, mm, tick in zip(videos, names, np.broadcast_to(spacing, len(videos)), np.broadcast_to(frame_time, len(videos))):
+        image = nibabel.Nifti1Image(np.ascontiguousarray(video.transpose(2, 1, 0)[:, :, None], dtype=np.float32), np.diag([mm, mm, THICK, 1.0]))
+        image.header.set_zooms((mm, mm, THICK, tick if np.isfinite(tick) else 0.0))
+        image.header.set_xyzt_units("mm", "sec")
+        files.append(folder / f"{name}.nii.gz")
+        nibabel.save(image, files[-1])
+    if phenotypes is not None:
+        phenotypes.set_axis(pd.Index(list(names), name="subject")).to_csv(folder / "phenotypes.csv")
+    return files
+
+# %% ../../nbs/20_cmr_data.ipynb #d52fd66e
+GREYS = 18      # shades in a GIF: more cost bytes that nobody sees
+KEEP = 1.1      # shades
+
+def write_gif(
+    videos: np.ndarray,   # (n, frames, rows, columns) in -1...1, shown side by side; or one without n
+    path,                 # file name, or something open for writing bytes
+    fps: float = 20.0,    # frames per second
+    zoom: int = 1,        # times larger
+    columns: int = 0,     # videos in a row; 0: all
+) -> None:
+    "An endless film for looking at. For measuring, use `write_nifti`."
+    videos = videos[None] if np.ndim(videos) == 3 else np.asarray(videos)
+    n, frames, rows, wide = videos.shape
+    columns = columns or n
+    sheet = np.full((frames, math.ceil(n / columns), columns, rows, wide), -1.0, np.float32)
+    for k, video in enumerate(videos):
+        sheet[:, k // columns, k % columns] = video
+    sheet = sheet.transpose(0, 1, 3, 2, 4).reshape(frames, -1, columns * wide)
+    shade = (np.clip(sheet, -1, 1) + 1) / 2 * (GREYS - 1)
+    shown = [np.round(shade[0])]
+    for frame in shade[1:]:                                  # a pixel keeps its shade until it is clearly another: noise would cost bytes
+        shown.append(np.where(np.abs(frame - shown[-1]) > KEEP, np.round(frame), shown[-1]))
+    grey = (np.stack(shown) * (255 // (GREYS - 1))).astype(np.uint8)
+    pictures = [Image.fromarray(frame).resize((frame.shape[1] * zoom, frame.shape[0] * zoom), Image.Resampling.BILINEAR if zoom > 1 else Image.Resampling.NEAREST) for frame in grey]
+    pictures[0].save(path, format="GIF", save_all=True, append_images=pictures[1:], duration=max(round(1000 / fps), 20), loop=0, optimize=True)
