@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['MARGIN', 'RANGE', 'WINDOW', 'SIGMA', 'WOBBLE', 'HISS', 'FRAMES_AT_ONCE', 'FID_FRAMES', 'PER_STEP', 'LINES', 'GRID',
-           'FILMS_AT_ONCE', 'VISIBLE', 'BLOCK', 'AROUND', 'TAIL', 'RULES', 'as_films', 'heart_box', 'squares',
-           'vae_error', 'psnr', 'ssim', 'vary', 'Layer2d', 'Segmenter', 'table_of', 'dice', 'Ruler', 'Regressor',
-           'through', 'embeddings', 'Obeyed', 'phenotype_r2', 'FixedNet', 'Distance', 'distance_to_real', 'fvd_star',
-           'fid_star', 'ratio_to', 'jitter', 'jitter_ratio', 'flicker', 'edge_sharpness', 'diversity', 'Tails',
-           'tail_errors', 'unusual', 'structure_shift', 'rapid_motion_error', 'Rule', 'variety', 'alarms']
+           'FILMS_AT_ONCE', 'VISIBLE', 'BLOCK', 'AROUND', 'TAIL', 'RULES', 'HIDDEN', 'as_films', 'heart_box', 'squares',
+           'vae_error', 'psnr', 'ssim', 'vary', 'Layer2d', 'UNet', 'Segmenter', 'table_of', 'dice', 'Ruler',
+           'Regressor', 'through', 'embeddings', 'Obeyed', 'r2_of', 'phenotype_r2', 'FixedNet', 'Distance',
+           'distance_to_real', 'fvd_star', 'fid_star', 'ratio_to', 'jitter', 'jitter_ratio', 'flicker',
+           'edge_sharpness', 'diversity', 'Tails', 'tail_errors', 'unusual', 'structure_shift', 'rapid_motion_error',
+           'Rule', 'variety', 'alarms', 'cut_films', 'MaskedFilm', 'Tuned', 'Gain', 'train', 'pretraining_gain']
 
 # %% ../../nbs/25_cmr_metrics.ipynb #7e0218f9
 from collections.abc import Mapping, Sequence
@@ -134,18 +135,15 @@ class Layer2d(nn.Sequential):
     def __init__(self, inputs: int, outputs: int, stride: int = 1):
         super().__init__(nn.Conv2d(inputs, outputs, 3, stride, 1), group_norm(outputs), nn.SiLU())
 
-FRAMES_AT_ONCE = 64    # frames that go through a net together: what fits a CPU's cache is faster
-FID_FRAMES = 4         # frames of each film that FID* looks at: neighbours look alike
-PER_STEP = 2           # frames of each film in a step of the segmenter: neighbours look alike
+# %% ../../nbs/25_cmr_metrics.ipynb #110cfc53
+class UNet(nn.Module):
+    "Looks at frames at a half, a quarter and an eighth of the resolution, and draws borders at full resolution."
 
-class Segmenter(ModelMixin, ConfigMixin):
-    "Which pixel is right ventricle, wall or left ventricle? A U-Net on single frames (ours)."
-
-    @register_to_config
     def __init__(
         self,
-        widths: tuple[int, int, int],  # channels at a half, a quarter and an eighth of the resolution
+        widths: tuple[int, int, int],  # channels at a half, a quarter and an eighth
         fine: int,                     # channels at full resolution
+        outputs: int,                  # numbers per pixel
     ):
         super().__init__()
         half, quarter, eighth = widths
@@ -154,7 +152,7 @@ class Segmenter(ModelMixin, ConfigMixin):
         self.middle = Layer2d(eighth, eighth)
         self.up = nn.ModuleList([Layer2d(eighth + quarter, quarter), Layer2d(quarter + half, half)])
         self.spread = nn.Conv2d(half, 4 * fine, 1)
-        self.edge, self.out = nn.Conv2d(fine + 1, 2 * fine, 3, 1, 1), nn.Conv2d(2 * fine, 1 + len(LABELS), 1)
+        self.edge, self.out = nn.Conv2d(fine + 1, 2 * fine, 3, 1, 1), nn.Conv2d(2 * fine, outputs, 1)
 
     def encode(self, x: torch.Tensor) -> list[torch.Tensor]:
         "Feature maps of frames (b, 1, h, w) at a half, a quarter and an eighth. Raises `ValueError` when 8 does not divide the size."
@@ -165,16 +163,34 @@ class Segmenter(ModelMixin, ConfigMixin):
             maps.append(layer(maps[-1]))                               # then a quarter, an eighth
         return [*maps[:-1], self.middle(maps[-1])]
 
-    def forward(
-        self,
-        x: torch.Tensor,  # (b, 1, h, w)
-    ) -> torch.Tensor:    # (b, 4, h, w)
-        "Logits of background, right ventricle, wall, left ventricle."
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        "From frames (b, 1, h, w) to numbers per pixel (b, outputs, h, w)."
         *others, deep = self.encode(x)
         for layer in self.up:
             deep = layer(torch.cat([F.interpolate(deep, scale_factor=2), others.pop()], 1))
         fine = F.pixel_shuffle(self.spread(deep), 2)                   # (b, fine, h, w)
         return self.out(F.silu(self.edge(torch.cat([fine, x], 1))))
+
+# %% ../../nbs/25_cmr_metrics.ipynb #ff2aaf65
+FRAMES_AT_ONCE = 64    # frames that go through a net together: what fits a CPU's cache is faster
+FID_FRAMES = 4         # frames of each film that FID* looks at: neighbours look alike
+PER_STEP = 2           # frames of each film in a step of the segmenter
+
+class Segmenter(ModelMixin, ConfigMixin):
+    "Which pixel is right ventricle, wall or left ventricle? A U-Net on single frames (ours)."
+
+    @register_to_config
+    def __init__(
+        self,
+        widths: tuple[int, int, int],  # as in `UNet`
+        fine: int,                     # as in `UNet`
+    ):
+        super().__init__()
+        self.net = UNet(widths, fine, 1 + len(LABELS))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        "Logits (b, 4, h, w) of frames (b, 1, h, w)."
+        return self.net(x)
 
     def loss(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         "Cross-entropy on PER_STEP random frames of each film. `batch`: x (b, 1, frames, h, w), masks (b, frames, h, w), UNLABELLED does not count."
@@ -186,24 +202,17 @@ class Segmenter(ModelMixin, ConfigMixin):
         return loss / (right != UNLABELLED).sum().clamp(min=1)
 
     @torch.no_grad()
-    def segment(
-        self,
-        x: torch.Tensor | np.ndarray,  # (n, 1, frames, h, w)
-    ) -> np.ndarray:
-        "Masks (n, frames, h, w) uint8."
+    def segment(self, x: torch.Tensor | np.ndarray) -> np.ndarray:
+        "Masks (n, frames, h, w) uint8 of films (n, 1, frames, h, w)."
         x, device = as_films(x), next(self.parameters()).device
-        frames = x.transpose(1, 2).flatten(0, 1)
-        said = torch.cat([self(part.to(device)).argmax(1).byte().cpu() for part in frames.split(FRAMES_AT_ONCE)])
+        said = torch.cat([self(part.to(device)).argmax(1).byte().cpu() for part in x.transpose(1, 2).flatten(0, 1).split(FRAMES_AT_ONCE)])
         return said.unflatten(0, (len(x), x.shape[2])).numpy()
 
     @torch.no_grad()
-    def embed(
-        self,
-        x: torch.Tensor,  # (n, 1, frames, h, w)
-    ) -> torch.Tensor:
+    def embed(self, x: torch.Tensor) -> torch.Tensor:
         "Mean over the map at an eighth of FID_FRAMES frames of each film, evenly spread, (n, FID_FRAMES, features). These serve FID*."
         some = x[:, :, torch.arange(FID_FRAMES) * x.shape[2] // FID_FRAMES].transpose(1, 2)
-        return self.encode(some.flatten(0, 1))[-1].mean((2, 3)).unflatten(0, (len(x), FID_FRAMES))
+        return self.net.encode(some.flatten(0, 1))[-1].mean((2, 3)).unflatten(0, (len(x), FID_FRAMES))
 
 # %% ../../nbs/25_cmr_metrics.ipynb #af8d3cc9
 def table_of(
@@ -284,16 +293,12 @@ class Regressor(ModelMixin, ConfigMixin):
 
     def set_units(self, phenotypes: pd.DataFrame) -> None:
         "Remember mean and spread of the training people; a phenotype that is unknown or never varies keeps its scale."
-        values = phenotypes[list(PHENOTYPES)]
-        std = values.std().to_numpy()
+        values, std = phenotypes[list(PHENOTYPES)], phenotypes[list(PHENOTYPES)].std().to_numpy()
         self.mean.copy_(torch.tensor(values.mean().fillna(0).tolist()))
         self.std.copy_(torch.tensor(np.where(std > 0, std, 1.0).tolist()))
 
-    def embed(
-        self,
-        x: torch.Tensor,  # (n, 1, frames, h, w)
-    ) -> torch.Tensor:
-        "Features before the last layer, (n, features)."
+    def embed(self, x: torch.Tensor) -> torch.Tensor:
+        "Features (n, features) before the last layer, of films (n, 1, frames, h, w)."
         for layer, norm in zip(self.layers, self.norms):
             x = F.silu(norm(layer(x)))                       # (n, third, frames / 4, h / 8, w / 8) after the last
         return self.join(F.adaptive_avg_pool3d(x, GRID).flatten(1))
@@ -309,11 +314,8 @@ class Regressor(ModelMixin, ConfigMixin):
         error = torch.where(known, self(vary(batch["x"])) - right.nan_to_num(), 0.0)
         return (error**2).sum() / known.sum().clamp(min=1)
 
-    def predict(
-        self,
-        x: torch.Tensor | np.ndarray,  # (n, 1, frames, h, w)
-    ) -> pd.DataFrame:
-        "Phenotypes in their units, n rows of 82."
+    def predict(self, x: torch.Tensor | np.ndarray) -> pd.DataFrame:
+        "Phenotypes in their units, n rows of 82, of films (n, 1, frames, h, w)."
         z = through(self, x)
         return pd.DataFrame(z * self.std.cpu().numpy() + self.mean.cpu().numpy(), columns=list(PHENOTYPES), dtype=float)
 
@@ -346,6 +348,16 @@ class Obeyed(NamedTuple):
     r2_median: Estimate         # over names
     each: dict[str, Estimate]   # per phenotype
 
+def r2_of(
+    wanted: np.ndarray,    # (n, k); nan: does not count
+    measured: np.ndarray,  # (n, k)
+) -> np.ndarray:
+    "1 - squared error / squared distance from the mean of what is wanted, (k,); nan where that never varies."
+    known = np.isfinite(wanted)
+    mean = np.where(known, wanted, 0).sum(0) / np.maximum(known.sum(0), 1)
+    error, spread = (np.where(known, (wanted - other) ** 2, 0).sum(0) for other in (measured, mean))
+    return 1 - np.divide(error, spread, out=np.full(wanted.shape[1], np.nan), where=spread > 0)
+
 def phenotype_r2(
     wanted: pd.DataFrame,                     # n rows: what was wished for
     measured: pd.DataFrame,                   # n rows: what a judge reads from the films; nan: it could not
@@ -362,19 +374,12 @@ def phenotype_r2(
     if missing or len(wanted) != len(measured):
         raise ValueError(f"{len(wanted)} wishes, {len(measured)} readings, without {missing[:5]}; give the same people, and names that were both wished for and measured")
     a, b = wanted[both].to_numpy(float), measured[both].to_numpy(float)
-    known = np.isfinite(a)
-    mean = lambda a, known: np.divide(np.where(known, a, 0).sum(0), known.sum(0), out=np.full(a.shape[1], np.nan), where=known.any(0))
-    b = np.where(np.isfinite(b), b, mean(a, known))
-
-    def r2(rows: np.ndarray) -> np.ndarray:
-        here, seen = a[rows], known[rows]
-        error, spread = (np.where(seen, (here - other) ** 2, 0).sum(0) for other in (b[rows], mean(here, seen)))
-        return 1 - np.divide(error, spread, out=np.full(len(both), np.nan), where=spread > 0)
-
+    b = np.where(np.isfinite(b), b, np.where(np.isfinite(a), a, 0).sum(0) / np.maximum(np.isfinite(a).sum(0), 1))
     in_median = [both.index(name) for name in names]
     middle = lambda values: float(np.nanmedian(values)) if np.isfinite(values).any() else float("nan")
     measure = lambda statistic: bootstrap(statistic, len(a), replicates, seed=seed)
-    return Obeyed(measure(lambda rows: middle(r2(rows)[in_median])), {name: measure(lambda rows, k=k: float(r2(rows)[k])) for k, name in enumerate(both)})
+    return Obeyed(measure(lambda rows: middle(r2_of(a[rows][:, in_median], b[rows][:, in_median]))),
+                  {name: measure(lambda rows, k=k: float(r2_of(a[rows, k : k + 1], b[rows, k : k + 1])[0])) for k, name in enumerate(both)})
 
 # %% ../../nbs/25_cmr_metrics.ipynb #ff525933
 class FixedNet(nn.Module):
@@ -399,6 +404,7 @@ class FixedNet(nn.Module):
         x = F.relu(F.conv3d(x, self.second, stride=(2, 2, 2), padding=1)).flatten(2)
         return torch.cat([x.mean(2), x.std(2)], 1) @ self.last.T
 
+# %% ../../nbs/25_cmr_metrics.ipynb #cc3d397a
 class Distance(NamedTuple):
     "How far from real, at equal numbers of films. All >= 0."
     distance: float   # Frechet distance of halves of real and of made films
@@ -604,3 +610,138 @@ def alarms(
         raise ValueError(f"the rules need {', '.join(missing)}; measure it first")
     beyond = lambda value, rule: not (value <= rule.bound if rule.above else value >= rule.bound)
     return {name: any(beyond(measured[metric], rule) for metric in rule.metrics) for name, rule in RULES.items()}
+
+# %% ../../nbs/25_cmr_metrics.ipynb #c9ba661d
+HIDDEN = 0.75   # share of patches that are hidden (He et al. 2022 for pictures)
+
+def cut_films(
+    x: torch.Tensor,              # (n, 1, frames, h, w)
+    patch: tuple[int, int, int],  # frames, h, w; divides the film
+) -> torch.Tensor:
+    "Patches of films, (n, tokens, numbers), in the order of time, height, width."
+    (t, h, w), (frames, height, width) = patch, x.shape[2:]
+    return x.reshape(len(x), frames // t, t, height // h, h, width // w, w).permute(0, 1, 3, 5, 2, 4, 6).reshape(len(x), -1, t * h * w)
+
+# %% ../../nbs/25_cmr_metrics.ipynb #3bcf983d
+class MaskedFilm(ModelMixin, ConfigMixin):
+    "Guess the hidden patches of a film from the others: the encoder sees visible patches only (after He et al. 2022; sizes ours)."
+
+    @register_to_config
+    def __init__(
+        self,
+        film: tuple[int, int, int],   # frames, h, w
+        patch: tuple[int, int, int],  # frames, h, w of a patch; divides the film
+        width: int,                   # numbers per token
+        depth: int,                   # blocks of the encoder; the decoder has one
+        heads: int,                   # of each block, divides width
+    ):
+        super().__init__()
+        if any(a % b for a, b in zip(film, patch)):
+            raise ValueError(f"patches of {tuple(patch)} do not divide films of {tuple(film)}; choose divisors, or resample the films")
+        self.tokens, numbers = int(np.prod([a // b for a, b in zip(film, patch)])), int(np.prod(patch))
+        self.enter, self.leave = nn.Linear(numbers, width), nn.Linear(width, numbers)
+        self.place, self.again, self.hidden = (nn.Parameter(0.02 * torch.randn(1, k, width)) for k in (self.tokens, self.tokens, 1))   # places for the encoder and the decoder
+        block = lambda: Block(width, 4 * width, Attention(width, heads), None)
+        self.encoder, self.decoder, self.norm = nn.ModuleList(block() for _ in range(depth)), block(), nn.LayerNorm(width)
+
+    def encode(self, x: torch.Tensor, visible: torch.Tensor | None = None) -> torch.Tensor:
+        "Tokens (n, k, width) of films (n, 1, frames, h, w); only of the `visible` patches (n, k). Raises `ValueError` for films of another size."
+        if tuple(x.shape[1:]) != (1, *self.config.film):
+            raise ValueError(f"this net was built for films (n, 1, {', '.join(map(str, self.config.film))}), got {tuple(x.shape)}")
+        z = self.enter(cut_films(x, self.config.patch)) + self.place
+        z = z if visible is None else z.gather(1, visible[..., None].expand(-1, -1, z.shape[-1]))
+        for block in self.encoder:
+            z = block(z)
+        return self.norm(z)
+
+    def guess(self, x: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        "All patches (n, tokens, numbers), guessed from the visible ones (n, k)."
+        seen = self.encode(x, visible)
+        tokens = self.hidden.expand(len(seen), self.tokens, -1).scatter(1, visible[..., None].expand_as(seen), seen)
+        return self.leave(self.decoder(tokens + self.again))
+
+    def loss(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        "Mean squared error of the hidden patches. `batch`: x (b, 1, frames, h, w)."
+        x, shown = batch["x"], max(round((1 - HIDDEN) * self.tokens), 1)
+        order = torch.rand(len(x), self.tokens, device=x.device).argsort(1)
+        error = ((self.guess(x, order[:, :shown]) - cut_films(x, self.config.patch)) ** 2).mean(2)      # (b, tokens)
+        return error.gather(1, order[:, shown:]).mean()
+
+# %% ../../nbs/25_cmr_metrics.ipynb #91147202
+class Tuned(nn.Module):
+    "A pre-trained `MaskedFilm` with a head for groups and z-scored phenotypes."
+
+    def __init__(
+        self,
+        base: MaskedFilm,   # is changed by training
+        numbers: int,       # phenotypes
+    ):
+        super().__init__()
+        self.base, self.head = base, nn.Linear(base.config.width, len(GROUPS) + numbers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        "Logits of GROUPS, then z-scored phenotypes, (n, 7 + numbers)."
+        return self.head(self.base.encode(x).mean(1))
+
+    def loss(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        "Cross-entropy of the group plus squared error of the phenotypes; unknown ones do not count. `batch`: x, group (b,) with -1 for unknown, z (b, numbers) with nan."
+        said, right = self(batch["x"]), batch["z"]
+        error = torch.where(right.isfinite(), said[:, len(GROUPS) :] - right.nan_to_num(), 0.0)
+        named = (batch["group"] >= 0).sum()
+        group = F.cross_entropy(said[:, : len(GROUPS)], batch["group"], ignore_index=-1, reduction="sum") / named.clamp(min=1)
+        return group + (error**2).sum() / right.isfinite().sum().clamp(min=1)
+
+class Gain(NamedTuple):
+    "What a pre-training led to, on real held-out people."
+    downstream_r2: Estimate      # mean R2 of the phenotypes
+    downstream_auroc: Estimate   # mean AUROC of each group against the others
+    accuracy: float              # share of groups named right
+    films: int                   # that were pre-trained on
+
+def train(
+    net: nn.Module,                        # is changed
+    tensors: Mapping[str, torch.Tensor],   # what its loss reads
+    config: FitConfig,
+    seed: int = 0,                         # of order and chances
+    device: str = "auto",                  # auto | cpu | cuda
+) -> nn.Module:
+    "The same net after `fit`."
+    for _ in fit(net, loader(tensors, config.batch_size, seed), config, seed, device=device):
+        pass
+    return net
+
+# %% ../../nbs/25_cmr_metrics.ipynb #ef3d86e9
+def pretraining_gain(
+    real: torch.Tensor | np.ndarray,       # (n, 1, frames, h, w) real films, unlabelled
+    synthetic: torch.Tensor | np.ndarray,  # (m, 1, frames, h, w) made films, m >= max(shares) * n
+    labelled: CineSet,                     # a few real people with groups and phenotypes
+    test: CineSet,                         # other real people
+    shares: Sequence[float],               # made films as a share of the real ones: 0, 1, 2, ...
+    sizes: Mapping[str, object],           # of `MaskedFilm`
+    pretrain: FitConfig,                   # the same for all shares
+    tune: FitConfig,                       # the same for all shares
+    names: Sequence[str] = ("LVEF", "LVEDV", "LVM", "RVEF"),   # phenotypes that are asked for
+    scratch: bool = True,                  # also without any pre-training, under the key nan
+    replicates: int = 100,                 # of the bootstrap over test people
+    seed: int = 0,                         # of weights and orders
+    device: str = "auto",                  # auto | cpu | cuda
+) -> dict[float, Gain]:
+    "Pre-train on real plus made films, tune on few labels, measure on real people: for each share. Raises `ValueError` when there are too few made films."
+    real, synthetic, names = as_films(real), as_films(synthetic), list(names)
+    if len(synthetic) < round(max(shares) * len(real)):
+        raise ValueError(f"a share of {max(shares):g} needs {round(max(shares) * len(real))} made films, there are {len(synthetic)}")
+    mean, std = labelled.phenotypes[names].mean(), labelled.phenotypes[names].std()
+    table = {"x": labelled.x, "group": table_of(labelled)["group"], "z": torch.tensor(((labelled.phenotypes[names] - mean) / std).to_numpy(), dtype=torch.float32)}
+    group, right, out = table_of(test)["group"].numpy(), test.phenotypes[names].to_numpy(float), {}
+    for share in ([float("nan")] if scratch else []) + list(shares):
+        torch.manual_seed(seed)
+        base = MaskedFilm(**sizes)
+        films = torch.cat([real, synthetic[: round(share * len(real))]]) if np.isfinite(share) else real[:0]
+        base = train(base, {"x": films}, pretrain, seed, device) if len(films) else base
+        said = through(train(Tuned(base, len(names)), table, tune, seed, device), test.x)
+        measured = said[:, len(GROUPS) :] * std.to_numpy() + mean.to_numpy()
+        areas = lambda rows: [auroc((group[rows] == k).astype(int), said[rows, k]) for k in range(len(GROUPS))]
+        known = lambda values: float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
+        out[share] = Gain(bootstrap(lambda rows: known(r2_of(right[rows], measured[rows])), len(test), replicates), bootstrap(lambda rows: known(areas(rows)), len(test), replicates),
+                          float((said[:, : len(GROUPS)].argmax(1) == group)[group >= 0].mean()) if (group >= 0).any() else float("nan"), len(films))
+    return out
