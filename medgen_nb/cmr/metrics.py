@@ -721,11 +721,11 @@ def pretraining_gain(
     pretrain: FitConfig,                   # the same for all shares
     tune: FitConfig,                       # the same for all shares
     names: Sequence[str] = ("LVEF", "LVEDV", "LVM", "RVEF"),   # phenotypes that are asked for
-    scratch: bool = True,                  # also without any pre-training, under the key nan
+    scratch: bool = True,                  # also without any pre-training, under the key None
     replicates: int = 100,                 # of the bootstrap over test people
     seed: int = 0,                         # of weights and orders
     device: str = "auto",                  # auto | cpu | cuda
-) -> dict[float, Gain]:
+) -> dict[float | None, Gain]:
     "Pre-train on real plus made films, tune on few labels, measure on real people: for each share. Raises `ValueError` when there are too few made films."
     real, synthetic, names = as_films(real), as_films(synthetic), list(names)
     if len(synthetic) < round(max(shares) * len(real)):
@@ -733,10 +733,10 @@ def pretraining_gain(
     mean, std = labelled.phenotypes[names].mean(), labelled.phenotypes[names].std()
     table = {"x": labelled.x, "group": table_of(labelled)["group"], "z": torch.tensor(((labelled.phenotypes[names] - mean) / std).to_numpy(), dtype=torch.float32)}
     group, right, out = table_of(test)["group"].numpy(), test.phenotypes[names].to_numpy(float), {}
-    for share in ([float("nan")] if scratch else []) + list(shares):
+    for share in ([None] if scratch else []) + list(shares):
         torch.manual_seed(seed)
         base = MaskedFilm(**sizes)
-        films = torch.cat([real, synthetic[: round(share * len(real))]]) if np.isfinite(share) else real[:0]
+        films = torch.cat([real, synthetic[: round(share * len(real))]]) if share is not None else real[:0]
         base = train(base, {"x": films}, pretrain, seed, device) if len(films) else base
         said = through(train(Tuned(base, len(names)), table, tune, seed, device), test.x)
         measured = said[:, len(GROUPS) :] * std.to_numpy() + mean.to_numpy()
