@@ -225,7 +225,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'medgen_nb.cmr.metrics.UNet.forward': ('cmr_metrics.html#unet.forward', 'medgen_nb/cmr/metrics.py'),
                                        'medgen_nb.cmr.metrics.alarms': ('cmr_metrics.html#alarms', 'medgen_nb/cmr/metrics.py'),
                                        'medgen_nb.cmr.metrics.as_films': ('cmr_metrics.html#as_films', 'medgen_nb/cmr/metrics.py'),
-                                       'medgen_nb.cmr.metrics.cut_films': ('cmr_metrics.html#cut_films', 'medgen_nb/cmr/metrics.py'),
                                        'medgen_nb.cmr.metrics.dice': ('cmr_metrics.html#dice', 'medgen_nb/cmr/metrics.py'),
                                        'medgen_nb.cmr.metrics.distance_to_real': ( 'cmr_metrics.html#distance_to_real',
                                                                                    'medgen_nb/cmr/metrics.py'),

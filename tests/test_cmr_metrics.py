@@ -7,6 +7,7 @@ import torch
 from scipy.ndimage import correlate1d, gaussian_filter
 
 from medgen_nb.cmr.data import LABELS, PHENOTYPES, UNLABELLED, measure_masks, simulate_hearts
+from medgen_nb.cmr.mar import patchify
 from medgen_nb.cmr.metrics import (
     RULES,
     VISIBLE,
@@ -17,7 +18,6 @@ from medgen_nb.cmr.metrics import (
     Segmenter,
     alarms,
     as_films,
-    cut_films,
     dice,
     distance_to_real,
     diversity,
@@ -319,7 +319,7 @@ SMALL = dict(film=(20, 48, 48), patch=(10, 16, 16), width=16, depth=1, heads=2)
 
 
 def test_patches_hold_every_pixel_once(x):
-    cut = cut_films(torch.from_numpy(x[:2]), (4, 8, 8))
+    cut = patchify(torch.from_numpy(x[:2]), (4, 8, 8))
     assert cut.shape == (2, 180, 256) and torch.equal(cut.sort().values.flatten().sort().values, torch.from_numpy(x[:2]).flatten().sort().values)
     assert torch.equal(cut[1, 7].reshape(4, 8, 8), torch.from_numpy(x[1, 0, :4, 8:16, 8:16]))   # 6 patches across: the eighth is second down, second across
 

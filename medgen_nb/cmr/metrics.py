@@ -9,10 +9,10 @@ __all__ = ['MARGIN', 'RANGE', 'WINDOW', 'SIGMA', 'WOBBLE', 'HISS', 'FRAMES_AT_ON
            'Regressor', 'through', 'embeddings', 'Obeyed', 'r2_of', 'phenotype_r2', 'FixedNet', 'Distance',
            'distance_to_real', 'fvd_star', 'fid_star', 'ratio_to', 'jitter', 'jitter_ratio', 'flicker',
            'edge_sharpness', 'diversity', 'Tails', 'tail_errors', 'unusual', 'structure_shift', 'rapid_motion_error',
-           'Rule', 'variety', 'alarms', 'cut_films', 'MaskedFilm', 'Tuned', 'Gain', 'train', 'pretraining_gain']
+           'Rule', 'variety', 'alarms', 'MaskedFilm', 'Tuned', 'Gain', 'train', 'pretraining_gain']
 
 # %% ../../nbs/25_cmr_metrics.ipynb #7e0218f9
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -29,6 +29,7 @@ from sklearn.ensemble import IsolationForest
 
 from ..autoencoder import group_norm
 from .data import GROUPS, LABELS, MID, PHENOTYPES, UNLABELLED, CineSet, measure_masks
+from .mar import patchify, take
 from ..data import loader
 from ..layers import Attention, Block
 from ..metrics import Estimate, auroc, bootstrap, floor_halves, frechet_distance
@@ -324,21 +325,20 @@ FILMS_AT_ONCE = 64   # films that go through a net together
 
 @torch.no_grad()
 def through(
-    net: nn.Module | object,       # called with films (n, 1, frames, h, w), gives (n, d)
+    net: nn.Module,                # says on which device
     x: torch.Tensor | np.ndarray,  # (n, 1, frames, h, w)
+    say: Callable | None = None,   # called with films, gives (n, d); None: the net itself
 ) -> np.ndarray:
     "What a net says of films, (n, d), some at a time, on the net's device."
-    device = next(net.parameters()).device
-    return np.concatenate([net(part.to(device)).float().cpu().numpy() for part in as_films(x).split(FILMS_AT_ONCE)])
+    device, say = next(net.parameters()).device, say or net
+    return np.concatenate([say(part.to(device)).float().cpu().numpy() for part in as_films(x).split(FILMS_AT_ONCE)])
 
-@torch.no_grad()
 def embeddings(
     net: nn.Module,                # has `embed(x)`: Regressor, FixedNet, Segmenter
     x: torch.Tensor | np.ndarray,  # (n, 1, frames, h, w)
 ) -> np.ndarray:
     "Features (n, d), or (n, frames, d) of a net of frames; some films at a time, on the net's device."
-    device = next(net.parameters()).device
-    return np.concatenate([net.embed(part.to(device)).float().cpu().numpy() for part in as_films(x).split(FILMS_AT_ONCE)])
+    return through(net, x, net.embed)
 
 # %% ../../nbs/25_cmr_metrics.ipynb #0476ba0f
 VISIBLE = tuple(name for name, kind in PHENOTYPES.items() if kind.seen == "visible")   # 18: thickness and strains of AHA 7...12
@@ -614,14 +614,6 @@ def alarms(
 # %% ../../nbs/25_cmr_metrics.ipynb #c9ba661d
 HIDDEN = 0.75   # share of patches that are hidden (He et al. 2022 for pictures)
 
-def cut_films(
-    x: torch.Tensor,              # (n, 1, frames, h, w)
-    patch: tuple[int, int, int],  # frames, h, w; divides the film
-) -> torch.Tensor:
-    "Patches of films, (n, tokens, numbers), in the order of time, height, width."
-    (t, h, w), (frames, height, width) = patch, x.shape[2:]
-    return x.reshape(len(x), frames // t, t, height // h, h, width // w, w).permute(0, 1, 3, 5, 2, 4, 6).reshape(len(x), -1, t * h * w)
-
 # %% ../../nbs/25_cmr_metrics.ipynb #3bcf983d
 class MaskedFilm(ModelMixin, ConfigMixin):
     "Guess the hidden patches of a film from the others: the encoder sees visible patches only (after He et al. 2022; sizes ours)."
@@ -648,8 +640,8 @@ class MaskedFilm(ModelMixin, ConfigMixin):
         "Tokens (n, k, width) of films (n, 1, frames, h, w); only of the `visible` patches (n, k). Raises `ValueError` for films of another size."
         if tuple(x.shape[1:]) != (1, *self.config.film):
             raise ValueError(f"this net was built for films (n, 1, {', '.join(map(str, self.config.film))}), got {tuple(x.shape)}")
-        z = self.enter(cut_films(x, self.config.patch)) + self.place
-        z = z if visible is None else z.gather(1, visible[..., None].expand(-1, -1, z.shape[-1]))
+        z = self.enter(patchify(x, self.config.patch)) + self.place
+        z = z if visible is None else take(z, visible)
         for block in self.encoder:
             z = block(z)
         return self.norm(z)
@@ -664,7 +656,7 @@ class MaskedFilm(ModelMixin, ConfigMixin):
         "Mean squared error of the hidden patches. `batch`: x (b, 1, frames, h, w)."
         x, shown = batch["x"], max(round((1 - HIDDEN) * self.tokens), 1)
         order = torch.rand(len(x), self.tokens, device=x.device).argsort(1)
-        error = ((self.guess(x, order[:, :shown]) - cut_films(x, self.config.patch)) ** 2).mean(2)      # (b, tokens)
+        error = ((self.guess(x, order[:, :shown]) - patchify(x, self.config.patch)) ** 2).mean(2)      # (b, tokens)
         return error.gather(1, order[:, shown:]).mean()
 
 # %% ../../nbs/25_cmr_metrics.ipynb #91147202

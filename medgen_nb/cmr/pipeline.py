@@ -68,15 +68,13 @@ def look_twice(
     tokens: torch.Tensor,      # (b, tokens, token_dim)
     order: torch.Tensor,       # (b, tokens) places, visible ones first
     known: int,                # visible tokens
-    phenotypes: torch.Tensor,  # (b, phenotypes) z-scored
-    guided: bool,              # also without the condition
+    cond: torch.Tensor,        # (b or 2b, slots, width): what is told, and behind it what is told nothing where there is guidance
     look: Callable | None,     # `see_all` or its compiled form; None: `model.see`
     rows: int,                 # how many of the next tokens are spoken about
 ) -> torch.Tensor:             # (1 or 2, b * rows, width): told, and told nothing
     "Words about the next tokens; both halves go through in one batch."
-    b, cond = len(tokens), model.condition(phenotypes)
-    if guided:
-        cond, tokens, order = torch.cat([cond, model.empty(b).to(cond.dtype)]), torch.cat([tokens, tokens]), torch.cat([order, order])
+    b, halves = len(tokens), len(cond) // len(tokens)
+    tokens, order = tokens.repeat(halves, 1, 1), order.repeat(halves, 1)
     if look is None:
         words = model.see(tokens, order, known, cond)[:, :rows]
     else:
@@ -112,10 +110,13 @@ def decode(
     scheduler, counts, n, b = head_scheduler(model, solver), reveal_counts(model.tokens, steps), model.tokens, len(phenotypes)
     head_steps, known, guided = head_steps or SOLVERS[solver], 0, guidance != 1
     order, tokens = model.draw_order(b, generator), torch.zeros(b, n, model.token_dim, device=model.device)
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+        cond = model.condition(phenotypes)
+        if guided: cond = torch.cat([cond, model.empty(b).to(cond.dtype)])         # (2b, slots, width)
     for count in counts:
         rows = max(counts) if static else count                                    # tokens that the head draws
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-            words = look_twice(model, tokens, order, known, phenotypes, guided, look if static else None, rows)      # (1 or 2, b * rows, width)
+            words = look_twice(model, tokens, order, known, cond, look if static else None, rows)      # (1 or 2, b * rows, width)
             drawn = model.draw_tokens(words[0], words[1] if guided else None, guidance_at(min(known + count, n - 1) / n, guidance, ramp), scheduler, head_steps, generator)
         new = drawn.float().unflatten(0, (b, rows))[:, :count]                     # (b, count, token_dim)
         tokens.scatter_(1, order[:, known : known + count, None].expand(-1, -1, model.token_dim), new)
@@ -167,7 +168,7 @@ FPS = 15.0     # frames per second of the GIF: about a beat a second
 
 
 class FilmPipeline(DiffusionPipeline):
-    "The parts of `CPGGPipeline`: weights as safetensors, size of films as JSON beside them."
+    "The parts of `CPGGPipeline`: weights as safetensors."
 
     def __init__(self, vae: CineVae, mar: MaskedAutoregressor, reports: PhenotypeVae):
         super().__init__()
@@ -237,7 +238,7 @@ class CPGGPipeline(FilmWriter):
         seed: int | None = None,               # the same seed draws the same people and films; None: others each time
         **told: float,                         # phenotypes by name: LVEF=35
     ) -> CineFilms:
-        "Draw films. Raises `ValueError` for n < 1, more rounds than tokens, a scale below 0, unknown phenotypes or values that nobody has."
+        "Draw films. More rounds than tokens are as many as there are tokens. Raises `ValueError` for n < 1, rounds below 1, a scale below 0, unknown phenotypes or values that nobody has."
         if n < 1 or guidance_scale < 0:
             raise ValueError(f"n must be at least 1 and guidance_scale at least 0, got {n} and {guidance_scale}")
         seed = int(torch.randint(2**31, ())) if seed is None else seed

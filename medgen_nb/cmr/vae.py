@@ -36,11 +36,11 @@ LOOKS = 2   # moments of each film that are compared in a step (ours: films are 
 
 
 def pairs_at(
-    x: torch.Tensor,  # (m, 1, frames, h, w)
-    k: torch.Tensor,  # (m,) int64 frames
+    x: torch.Tensor,  # (b, 1, frames, h, w)
+    k: torch.Tensor,  # (m,) int64 frames; more than b: the films are gone through again
 ) -> torch.Tensor:    # (m, 2, h, w)
     "Frame k of each film and the one after it; after the last comes the first, a beat is a circle."
-    row = torch.arange(len(x), device=x.device)
+    row = torch.arange(len(k), device=x.device) % len(x)
     return torch.stack([x[row, 0, k], x[row, 0, (k + 1) % x.shape[2]]], 1)
 
 
@@ -65,7 +65,7 @@ class Seeing(nn.Module):
     ) -> torch.Tensor:        # ()
         "Mean squared distance of features normed to length one, over levels, at LOOKS random moments (the form of LPIPS, Zhang et al. 2018, without its learned weights)."
         k = torch.randint(0, x.shape[2], (LOOKS * len(x),), device=x.device)
-        seen = lambda film: [F.normalize(level.float(), dim=1) for level in self.features(pairs_at(film.repeat(LOOKS, 1, 1, 1, 1), k))]
+        seen = lambda film: [F.normalize(level.float(), dim=1) for level in self.features(pairs_at(film, k))]
         return sum((a - b).square().sum(1).mean() for a, b in zip(seen(x), seen(x_hat))) / len(self.levels)
 
 # %% ../../nbs/22_cmr_vae.ipynb #7d078811
@@ -99,7 +99,7 @@ class FrameNet(Seeing, ModelMixin, ConfigMixin):
         frames = x.shape[2]
         k = torch.randint(0, frames, (4 * len(x),), device=x.device)
         angle = 2 * torch.pi * k / frames
-        return F.mse_loss(self(pairs_at(x.repeat(4, 1, 1, 1, 1), k)), torch.stack([angle.cos(), angle.sin()], 1))
+        return F.mse_loss(self(pairs_at(x, k)), torch.stack([angle.cos(), angle.sin()], 1))
 
 # %% ../../nbs/22_cmr_vae.ipynb #56253da5
 class PatchCritic(ModelMixin, ConfigMixin):
