@@ -168,10 +168,11 @@ def diffusion_loss(
     predict: Predict,           # the network, its condition already filled in
     x0: torch.Tensor,           # (batch, ...) clean data, variance near 1
     scheduler: SchedulerMixin,  # says the schedule and what the network is asked for
+    weight: torch.Tensor | float = 1.0,   # how much each number of a sample counts, broadcast against x0
 ) -> torch.Tensor:              # scalar
     "Squared error of a network's prediction at random times (Ho et al. 2020, equation 14). Raises `ValueError` for an unknown prediction type."
     noised = draw_noised(x0, scheduler)
-    return F.mse_loss(predict(noised.xt, noised.t), target(x0, noised.eps, noised.abar_t, kind_of(scheduler)))
+    return (weight * F.mse_loss(predict(noised.xt, noised.t), target(x0, noised.eps, noised.abar_t, kind_of(scheduler)), reduction="none")).mean()
 
 # %% ../nbs/03_diffusion.ipynb #70e1d270
 def _descend(predict: Predict, scheduler: SchedulerMixin, xt: torch.Tensor, times: torch.Tensor, generator: torch.Generator | None,

@@ -13,7 +13,7 @@ from medgen_nb.pcg.vae import SLOW, slices_of, unroll
 from medgen_nb.training import FitConfig, fit
 
 SIZES = dict(channels=(2, 3, 3, 1), tokens=2 * SLOW, width=16, cond=8, heads=2, text_width=6, graph_width=5, listens="both", mask=True, single=False,
-             sparse=0.01, untold=0.2, steps=50, kind="epsilon")
+             sparse=0.01, rhythm=1.0, untold=0.2, steps=50, kind="epsilon")
 ROWS, NUMBERS, STEPS = 12, 2 * SLOW + 7, 2
 
 
@@ -195,7 +195,12 @@ def test_loss_by_hand(batch):
     torch.manual_seed(3)
     t, eps = torch.randint(0, 50, (ROWS,)), torch.randn_like(batch["z"])
     zt, tell = model.scheduler.add_noise(batch["z"], eps, t), model.draw_told(ROWS, "cpu")
-    torch.testing.assert_close(loss, (model.predict(zt, t, model.condition(batch, tell)) - eps).square().mean())
+    error = (model.predict(zt, t, model.condition(batch, tell)) - eps).square()                    # (b, numbers, steps)
+    torch.testing.assert_close(loss, error.mean())
+    heard, rhythm = stirred(sparse=0.0, rhythm=4.0), model.config.channels[0] * SLOW
+    torch.manual_seed(3)
+    share = 4 * rhythm / (4 * rhythm + error.shape[1] - rhythm)
+    torch.testing.assert_close(heard.loss(batch), share * error[:, :rhythm].mean() + (1 - share) * error[:, rhythm:].mean())
     dear = stirred(sparse=0.5)
     torch.manual_seed(3)
     price = sum(part.mask().abs().mean() for part in (dear.listen_in, dear.listen_out))
@@ -237,7 +242,7 @@ def test_saved_and_loaded_equal(batch, tmp_path, changes):
 
 # ------------------------------------------------------------------------------------------------ bad input
 @pytest.mark.parametrize("changes, says", [({"tokens": 20}, "multiple of 13"), ({"cond": 7}, "even"), ({"channels": (2, 3, 3)}, "one per sub-space"), ({"channels": (2, 3, 0, 1)}, "at least 1"),
-                                           ({"heads": 3}, "multiple of the heads"), ({"untold": 1.5}, "chance"), ({"sparse": -1.0}, "finite"), ({"kind": "eps"}, "epsilon"), ({"listens": "all"}, "choose")], ids=str)
+                                           ({"heads": 3}, "multiple of the heads"), ({"untold": 1.5}, "chance"), ({"sparse": -1.0}, "finite"), ({"rhythm": 0.0}, "above 0"), ({"kind": "eps"}, "epsilon"), ({"listens": "all"}, "choose")], ids=str)
 def test_sizes_that_do_not_fit(changes, says):
     with pytest.raises(ValueError, match=says):
         fresh(**changes)

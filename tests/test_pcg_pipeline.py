@@ -26,7 +26,7 @@ def pipeline():
     notes = write_notes(sounds.attributes)
     words = TextEncoder.fresh(notes, 200, 16, 1, 2, 64).eval()
     graph = GraphEncoder(len(NODES), 8).eval()
-    denoiser = PcgDenoiser((1, 4, 4, 2), 78, 16, 16, 2, 16, 8, "both", True, False, 1e-3, 0.1, 1000, "v_prediction").eval()
+    denoiser = PcgDenoiser((1, 4, 4, 2), 78, 16, 16, 2, 16, 8, "both", True, False, 1e-3, 4.0, 0.1, 1000, "v_prediction").eval()
     denoiser.fuse.measure(words.embed(notes), graph.embed(nodes_of(sounds.attributes)))
     made = HLDMPipeline(vae.eval(), denoiser, words.model, words.tokenizer, graph, make_scheduler(denoiser, "ddim"))
     made.magnitudes = scale

@@ -232,11 +232,13 @@ class Trainable(Conditional):
         self,
         batch: Mapping[str, torch.Tensor],  # z (b, numbers, steps) at variance near 1; text, graph, label as in `condition`
     ) -> torch.Tensor:                      # scalar
-        "Mean squared error of the prediction at random times, plus `sparse` times the mean |M| of both masks. Raises as `predict` and `condition`."
+        "Mean squared error of the prediction at random times, in which a number of rhythm counts `rhythm` times as much as another (ours), plus `sparse` times the mean |M| of both masks. Raises as `predict` and `condition`."
         if "z" not in batch:
             raise ValueError(f"the loss needs a latent z in the batch, got {', '.join(batch) or 'nothing'}: encode the recordings first")
         tell = lambda: self.condition(batch, self.draw_told(len(batch["z"]), batch["z"].device))
-        error = diffusion_loss(lambda zt, t: self.predict(zt, t, tell()), batch["z"], self.scheduler)
+        weight = torch.ones(batch["z"].shape[1], 1, device=batch["z"].device)
+        weight[: self.config.channels[0] * SLOW] = self.config.rhythm
+        error = diffusion_loss(lambda zt, t: self.predict(zt, t, tell()), batch["z"], self.scheduler, weight / weight.mean())
         if self.config.mask and self.config.sparse:
             error = error + self.config.sparse * sum(part.mask().abs().mean() for part in (self.listen_in, self.listen_out))
         return error
@@ -248,6 +250,7 @@ def check_sizes(
     cond: int,                # numbers of the condition
     untold: float,            # chance
     sparse: float,            # weight
+    rhythm: float,            # weight
     kind: str,                # of the prediction
 ) -> None:
     "Raises `ValueError` for a denoiser that cannot be built."
@@ -257,6 +260,8 @@ def check_sizes(
         raise ValueError(f"tokens must be a multiple of {SLOW} and cond even, got {tokens} and {cond}: cut recordings to whole slow steps of {SLOW} tokens")
     if not 0 <= untold <= 1 or not 0 <= sparse < math.inf:
         raise ValueError(f"untold is a chance in 0...1 and sparse a finite weight of 0 or more, got {untold} and {sparse}")
+    if not 0 < rhythm < math.inf:
+        raise ValueError(f"rhythm is a finite weight above 0, got {rhythm}: 1 counts its numbers like all others")
     if kind not in KINDS:
         raise ValueError(f"unknown kind {kind!r}; a prediction is one of {', '.join(KINDS)}")
 
@@ -281,12 +286,13 @@ class PcgDenoiser(Trainable, ModelMixin, ConfigMixin):
         mask: bool,        # Medical Attention; False: plain attention
         single: bool,      # one head; False: structured noise
         sparse: float,     # weight of the mean |M| in the loss, 0 or more
+        rhythm: float,     # weight of a number of rhythm in the loss; 1: like all others
         untold: float,     # chance that a level is not told in training, and again that nothing is, 0...1
         steps: int,        # T, noising steps
         kind: str,         # what the network says: epsilon (the paper's), v_prediction, sample
     ):
         super().__init__()
-        check_sizes(channels, tokens, cond, untold, sparse, kind)
+        check_sizes(channels, tokens, cond, untold, sparse, rhythm, kind)
         self.fuse = ConditionFuser(text_width, graph_width, cond, listens, len(CONDITIONS))
         self.time, self.read, self.place = TimeEmbedding(cond), nn.Conv1d(sum(channels), width, 1), nn.Parameter(torch.zeros(width, tokens))
         block = lambda inputs, out: CondBlock(inputs, out, cond)

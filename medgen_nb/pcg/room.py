@@ -73,6 +73,7 @@ class DenoiserConfig:
     mask: bool = True         # Medical Attention; False: plain
     single: bool = False      # one head instead of structured noise
     sparse: float = 1e-3      # weight of the mask's L1
+    rhythm: float = 4.0       # weight of a number of rhythm in the loss (ours); 1: like all others
     untold: float = 0.1       # chance that a level, or everything, is not told
     steps: int = 1_000        # T
     kind: Literal["epsilon", "v_prediction", "sample"] = "v_prediction"   # what the network says; the paper speaks of noise, of which v is a linear function
@@ -113,7 +114,7 @@ class Config:
     text_fit: FitConfig = field(default_factory=lambda: FitConfig(steps=300, batch_size=64, lr=2e-3, warmup=30, ema=0.0, save_every=100))
     graph_fit: FitConfig = field(default_factory=lambda: FitConfig(steps=200, batch_size=64, lr=3e-3, warmup=20, ema=0.0, save_every=100))
     student_fit: FitConfig = field(default_factory=lambda: STUDENT)   # the classifiers of rare conditions
-    fit: FitConfig = field(default_factory=lambda: FitConfig(steps=1_600, batch_size=48, lr=2e-3, warmup=50, weight_decay=0.01, ema=0.99, save_every=100))
+    fit: FitConfig = field(default_factory=lambda: FitConfig(steps=4_000, batch_size=48, lr=2e-3, warmup=50, weight_decay=0.01, ema=0.99, save_every=100))
     start: Literal["scratch", "pretrained"] = "scratch"   # pretrained: go on from the pipeline that comes with the package
 
     @classmethod
@@ -154,6 +155,7 @@ ABLATIONS = {
     "graph-only": Ablation(LEAN | {"denoiser.listens": "graph"}, "P6: no text"),
     "labels": Ablation(LEAN | {"denoiser.listens": "labels"}, "P6: the condition's number alone"),
     "single-head": Ablation(LEAN | {"denoiser.single": True}, "P7: one head for all noise"),
+    "plain-rhythm": Ablation(LEAN | {"denoiser.rhythm": 1.0}, "P9: every number of the latent counts alike in the denoiser's loss"),
     "external": Ablation({"data.elsewhere": 1}, "P10: the rare conditions are tested in another clinic"),
     "unseen-combinations": Ablation(LEAN | {"data.unseen": True}, "P11: only combinations are asked for that were never heard"),
     "fault-vae": Ablation(LEAN | {"vae.delta": 0.0, "vae.beta": 10.0}, "P13: an autoencoder that lets almost nothing through"),
