@@ -265,12 +265,14 @@ def generate(room: str, settings: tuple[str, ...], folder: str, n: int, out: str
         Pipeline = getattr(what, kept, what.Pipeline)   # a rival's run keeps a pipeline of another class
         if n < 1:
             raise ValueError(f"-n must be at least 1, got {n}")
-        takes = [key for key in inspect.signature(Pipeline.__call__).parameters if key not in ("self", "n")]
-        unknown = [key for key in words if key not in takes]
+        parameters = inspect.signature(Pipeline.__call__).parameters
+        takes = [key for key, parameter in parameters.items() if key not in ("self", "n") and parameter.kind is not inspect.Parameter.VAR_KEYWORD]
+        more = next((key for key, parameter in parameters.items() if parameter.kind is inspect.Parameter.VAR_KEYWORD), "")   # **told: names that the pipeline itself knows
+        unknown = [key for key in words if key not in takes and not more]
         if unknown:
             raise ValueError(f"unknown key {', '.join(unknown)}; this pipeline takes {', '.join(takes)}")
         kinds = typing.get_type_hints(Pipeline.__call__)
-        words = {key: value if isinstance(value, dict) else accept(value, kinds.get(key, object), key) for key, value in words.items()}
+        words = {key: value if isinstance(value, dict) else accept(value, kinds.get(key if key in takes else more, object), key) for key, value in words.items()}
         pipeline = Pipeline.from_pretrained(source)
         made = pipeline(n=n, **words)
         target = pipeline.write(made, Path(out) if out else None)

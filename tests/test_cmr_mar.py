@@ -16,7 +16,7 @@ from medgen_nb.training import FitConfig, fit
 
 ORACLE = Path(__file__).resolve().parents[1].parent / "shared" / "oracles" / "cpgg_reference.json"
 PAPER = dict(latent=(16, 25, 12, 12), patch=(5, 2, 2), width=768, depth=12, heads=12, phenotypes=82, uses=(True,) * 82, slots=64, head_width=1024, head_depth=3,
-             untold=0.1, lowest=0.7, repeats=4, dropout=0.1, order="random", kind="continuous", groups=1, codes=2, steps=1000, says="epsilon")
+             untold=0.1, lowest=0.7, repeats=4, dropout=0.1, order="random", kind="continuous", groups=1, codes=2, steps=1000, says="epsilon", places="random")
 SMALL = PAPER | dict(latent=(2, 4, 6, 4), patch=(2, 2, 2), width=16, depth=2, heads=2, phenotypes=3, uses=(True, True, False), slots=2, head_width=12, head_depth=2,
                      repeats=2, dropout=0.0, steps=50, groups=4, codes=5)
 ROWS, TOKENS = 5, 12

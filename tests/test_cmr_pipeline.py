@@ -22,7 +22,7 @@ def seeded(seed=0):
 
 def build(kind="continuous", slots=2, order="random"):
     torch.manual_seed(0)
-    mar = MaskedAutoregressor(LATENT, PATCH, 16, 1, 2, len(PHENOTYPES), (True,) * len(PHENOTYPES), slots, 16, 1, 0.1, 0.7, 1, 0.0, order, kind, 4, 8, 1000, "v_prediction")
+    mar = MaskedAutoregressor(LATENT, PATCH, 16, 1, 2, len(PHENOTYPES), (True,) * len(PHENOTYPES), slots, 16, 1, 0.1, 0.7, 1, 0.0, order, kind, 4, 8, 1000, "v_prediction", "grid")
     for part in mar.parameters():
         part.data += 0.05 * torch.randn(part.shape, generator=seeded(1))   # heads start closed: open them
     if kind == "quantised":

@@ -6,8 +6,8 @@
 __all__ = ['CLOCKS', 'SPREAD', 'check_patch', 'patchify', 'unpatchify', 'start_evenly', 'HeadBlock', 'HeadAnswer', 'TokenHead',
            'token_scheduler', 'variance_bounds', 'step_bound', 'token_diffusion_loss', 'fast_scheduler',
            'draw_from_head', 'draw_mask_ratio', 'reveal_counts', 'guidance_at', 'SteadyAttention', 'take',
-           'make_places', 'make_blocks', 'VisibleEncoder', 'HoleDecoder', 'Listener', 'Learner', 'Codes', 'Quantiser',
-           'Drawer', 'check_sizes', 'MaskedAutoregressor', 'decode_slowly']
+           'make_places', 'grid_places', 'make_blocks', 'VisibleEncoder', 'HoleDecoder', 'Listener', 'Learner', 'Codes',
+           'Quantiser', 'Drawer', 'check_sizes', 'MaskedAutoregressor', 'decode_slowly']
 
 # %% ../../nbs/23_cmr_mar.ipynb #d2be9738
 import math
@@ -315,6 +315,16 @@ def make_places(
     return nn.Parameter(0.02 * torch.randn(n, width))
 
 
+def grid_places(
+    counts: Sequence[int],  # tokens along time, rows, columns
+    width: int,             # numbers per place, even
+) -> torch.Tensor:          # (tokens, width) in -1...1
+    "Waves of a token's time, row and column, side by side: neighbours look alike before anything is learned (ours). Raises `ValueError` for an odd width."
+    axes = torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in counts), indexing="ij")
+    across = 2 * (3 * width // 16)                                                                  # numbers for rows, and for columns; the rest is for time
+    return torch.cat([sinusoid(axis.flatten(), numbers) for axis, numbers in zip(axes, (width - 2 * across, across, across))], 1)
+
+# %% ../../nbs/23_cmr_mar.ipynb #02df390b
 def make_blocks(
     depth: int,      # blocks
     width: int,      # numbers per token
@@ -557,12 +567,13 @@ def check_sizes(
     shares: dict[str, float],  # numbers that have to lie in 0...1, by name
     order: str,                # random or raster
     kind: str,                 # continuous or quantised
+    places: str,               # random or grid
 ) -> None:
     "Raise `ValueError` for sizes of a `MaskedAutoregressor` that do not fit each other."
     if len(uses) != phenotypes or slots < 1:
         raise ValueError(f"{phenotypes} phenotypes need {phenotypes} truth values in `uses` and at least one slot, not {len(uses)} and {slots}: correct them")
-    if order not in ("random", "raster") or kind not in ("continuous", "quantised"):
-        raise ValueError(f"order is random or raster and kind continuous or quantised, not {order!r} and {kind!r}: choose one of each")
+    if order not in ("random", "raster") or kind not in ("continuous", "quantised") or places not in ("random", "grid"):
+        raise ValueError(f"order is random or raster, kind continuous or quantised, places random or grid, not {order!r}, {kind!r} and {places!r}: choose one of each")
     for name, share in shares.items():
         if not 0 <= share <= 1: raise ValueError(f"{name} is a share in 0...1, not {share}: correct it")
 
@@ -595,15 +606,17 @@ class MaskedAutoregressor(Drawer, ModelMixin, ConfigMixin):
         codes: int,             # codes per piece
         steps: int,             # T of the head's diffusion
         says: str,              # what the head is asked for: epsilon (released code) or v_prediction
+        places: str,            # how the learned places start: random (released code) or grid
     ):
         super().__init__()
-        check_sizes(phenotypes, uses, slots, {"untold": untold, "lowest": lowest, "dropout": dropout}, order, kind)
+        check_sizes(phenotypes, uses, slots, {"untold": untold, "lowest": lowest, "dropout": dropout}, order, kind, places)
         self.tokens, self.token_dim = check_patch(latent, patch), latent[0] * math.prod(patch)
         self.register_buffer("hears", torch.tensor(tuple(uses), dtype=torch.bool))
         self.tell, self.nothing = nn.Linear(phenotypes, width), make_places(1, width)
-        self.encoder = VisibleEncoder(self.tokens, self.token_dim, width, depth, heads, slots, dropout)
-        self.decoder = HoleDecoder(self.tokens, width, depth, heads, slots, dropout)
+        self.encoder, self.decoder = VisibleEncoder(self.tokens, self.token_dim, width, depth, heads, slots, dropout), HoleDecoder(self.tokens, width, depth, heads, slots, dropout)
         start_evenly(self.tell)
+        for learned in (self.encoder.place, self.decoder.place, self.decoder.last) if places == "grid" else ():
+            learned.data[-self.tokens :] = grid_places([size // part for size, part in zip(latent[1:], patch)], width)
         if kind == "continuous": self.head, self.scheduler = TokenHead(self.token_dim, width, head_width, head_depth), token_scheduler(steps, says)
         else: self.head, self.quantiser = nn.Linear(width, groups * codes), Quantiser(self.token_dim, groups, codes)
 
