@@ -235,6 +235,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'medgen_nb.cmr.metrics.embeddings': ('cmr_metrics.html#embeddings', 'medgen_nb/cmr/metrics.py'),
                                        'medgen_nb.cmr.metrics.fid_star': ('cmr_metrics.html#fid_star', 'medgen_nb/cmr/metrics.py'),
                                        'medgen_nb.cmr.metrics.flicker': ('cmr_metrics.html#flicker', 'medgen_nb/cmr/metrics.py'),
+                                       'medgen_nb.cmr.metrics.flow_jitter': ('cmr_metrics.html#flow_jitter', 'medgen_nb/cmr/metrics.py'),
                                        'medgen_nb.cmr.metrics.fvd_star': ('cmr_metrics.html#fvd_star', 'medgen_nb/cmr/metrics.py'),
                                        'medgen_nb.cmr.metrics.heart_box': ('cmr_metrics.html#heart_box', 'medgen_nb/cmr/metrics.py'),
                                        'medgen_nb.cmr.metrics.jitter': ('cmr_metrics.html#jitter', 'medgen_nb/cmr/metrics.py'),

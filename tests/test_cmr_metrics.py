@@ -25,6 +25,7 @@ from medgen_nb.cmr.metrics import (
     embeddings,
     fid_star,
     flicker,
+    flow_jitter,
     fvd_star,
     heart_box,
     jitter_ratio,
@@ -316,6 +317,14 @@ def test_each_rule_fires_for_its_own_fault(hearts):
 
 
 SMALL = dict(film=(20, 48, 48), patch=(10, 16, 16), width=16, depth=1, heads=2)
+
+
+def test_optical_flow_tells_a_stutter(x, hearts):
+    films, masks, order = x[:4], hearts.masks[:4], np.clip(np.arange(20) + np.tile([0, 2, -1, 1], 5), 0, 19)
+    steady, stutter = flow_jitter(films, masks), flow_jitter(films[:, :, order], masks[:, order])
+    assert (stutter > 1.5 * steady).all() and (steady < 1.3).all()
+    np.testing.assert_allclose(flow_jitter(np.roll(films, 7, 2), np.roll(masks, 7, 1)), steady, rtol=1e-4)                      # a beat is a circle
+    assert np.isnan(flow_jitter(np.repeat(films[:, :, :1], 20, 2), masks)).all() and np.isnan(flow_jitter(films, np.zeros_like(masks))).all()
 
 
 def test_patches_hold_every_pixel_once(x):

@@ -78,6 +78,17 @@ def test_generate_takes_a_target(place, smoke):
     assert result.returncode == 0 and len(pd.read_csv(place / "ill.csv")) == 5, result.stderr
 
 
+def test_generate_takes_phenotypes_by_name(place):
+    quick = ("num_steps=2", "head_steps=3", "seed=0")
+    result = medgen(place, "generate", "cmr", "-n", "2", "LVEF=35", *quick, "--out", "films")
+    assert result.returncode == 0, result.stdout + result.stderr
+    table = pd.read_csv(place / "films" / "phenotypes.csv")
+    assert table["LVEF"].tolist() == [35.0, 35.0] and {"films.gif", "told.json", "video_00001.nii.gz"} <= {file.name for file in (place / "films").iterdir()}
+    for wrong, said in (("LVFE=35", "no such phenotype: LVFE"), ("LVEF=low", "LVEF must be float"), ("LVEF=350", "far from all people")):
+        result = medgen(place, "generate", "cmr", wrong, *quick, "--out", "none")
+        assert result.returncode == 2 and said in result.stderr and not (place / "none").exists(), result.stderr
+
+
 def test_generate_writes_a_table_that_can_be_repeated(place, smoke):
     for name in ("one.csv", "two.csv"):
         result = medgen(place, "generate", "ehr", "--run", "smoke", "-n", "7", "--out", name, "seed=5", "num_inference_steps=3")

@@ -7,21 +7,21 @@ __all__ = ['FITS', 'SCALE_CHANGES', 'TOLD', 'LEAN', 'ABLATIONS', 'READERS', 'Pip
            'ReportsConfig', 'MarConfig', 'JudgeConfig', 'Config', 'simulate', 'people_of_judges', 'read_real',
            'draw_reports', 'swap_neighbours']
 
-# %% ../../nbs/26_cmr_run.ipynb #b26ea048
+# %% ../../nbs/26_cmr_run.ipynb #8a14afce
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 import pandas as pd
 
-# %% ../../nbs/26_cmr_run.ipynb #4e99c19d
+# %% ../../nbs/26_cmr_run.ipynb #b4bafa00
 from ..data import Split, split_by_patient
 from ..experiments import Ablation, Reader, override
 from ..training import FitConfig
 from .data import PHENOTYPES, CineSet, check_acdc, check_ukb, draw_population, phenotypes_of, prepare, read_acdc, read_ukb, simulate_hearts
 from .pipeline import CPGGPipeline
 
-# %% ../../nbs/26_cmr_run.ipynb #3c3d608c
+# %% ../../nbs/26_cmr_run.ipynb #4bcd5a63
 @dataclass(frozen=True)
 class DataConfig:
     "Which hearts."
@@ -35,7 +35,7 @@ class DataConfig:
     fault: Literal["none", "phenotypes", "frames"] = "none"   # provoked: reports of other people; neighbouring frames that changed places (claim M19)
     seed: int = 0             # which people, and who is in which part; the same for all seeds of a run, so that runs can be paired
 
-# %% ../../nbs/26_cmr_run.ipynb #f0852d4e
+# %% ../../nbs/26_cmr_run.ipynb #b31110d8
 @dataclass(frozen=True)
 class VaeConfig:
     "Film autoencoder (notebook 22)."
@@ -47,7 +47,7 @@ class VaeConfig:
     features: float = 0.0     # weight of the feature loss; its eye learns from films
     critic: float = 0.0       # weight of the patch critic
 
-# %% ../../nbs/26_cmr_run.ipynb #e2ac60b7
+# %% ../../nbs/26_cmr_run.ipynb #1d15e7a8
 @dataclass(frozen=True)
 class ReportsConfig:
     "Phenotype VAE (notebook 21)."
@@ -59,7 +59,7 @@ class ReportsConfig:
     noise: bool = True        # add the decoder's noise; released: False
     temperature: float = 1.0  # spread of z (released: 1)
 
-# %% ../../nbs/26_cmr_run.ipynb #50e4cc87
+# %% ../../nbs/26_cmr_run.ipynb #4435f5c2
 @dataclass(frozen=True)
 class MarConfig:
     "The transformer and its token head (notebook 23)."
@@ -83,7 +83,7 @@ class MarConfig:
     places: Literal["grid", "random"] = "grid"               # how the learned places start (released: random)
     says: Literal["v_prediction", "epsilon"] = "v_prediction"   # what the head says (released: epsilon, which explodes after short training)
 
-# %% ../../nbs/26_cmr_run.ipynb #1d32ef5f
+# %% ../../nbs/26_cmr_run.ipynb #a73b3f28
 @dataclass(frozen=True)
 class JudgeConfig:
     "Sampling and evaluation."
@@ -101,7 +101,7 @@ class JudgeConfig:
     labelled: int = 60        # of them with labels
     replicates: int = 200     # bootstrap resamples
 
-# %% ../../nbs/26_cmr_run.ipynb #55a08577
+# %% ../../nbs/26_cmr_run.ipynb #b6dc1ecb
 @dataclass(frozen=True)
 class Config:
     "All hyper-parameters of a run of this room."
@@ -125,7 +125,7 @@ class Config:
         "The config of one scale."
         return override(cls(), SCALE_CHANGES[scale])
 
-# %% ../../nbs/26_cmr_run.ipynb #ecaff57a
+# %% ../../nbs/26_cmr_run.ipynb #a26362c6
 FITS = ("segmenter_fit", "reader_fit", "eye_fit", "vae_fit", "reports_fit", "fit", "pretrain_fit", "tune_fit")
 
 SCALE_CHANGES = {
@@ -143,7 +143,7 @@ SCALE_CHANGES = {
               "fit.lr": 8e-4, "fit.warmup": 31_000, "fit.schedule": "constant", "fit.ema": 0.9999, "fit.clip": 3.0, "fit.save_every": 1_000},
 }
 
-# %% ../../nbs/26_cmr_run.ipynb #57028f38
+# %% ../../nbs/26_cmr_run.ipynb #0b694999
 TOLD = tuple(dict.fromkeys(["LVEF", "LVEDV", "LVM", "RVEF", "RVEDV", *(f"WT_{k}" for k in range(7, 13)), *(f"Ecc_{k}" for k in range(7, 13)), "LAVmax", "RAVmax", "LVCO", *PHENOTYPES]))   # in this order they are told
 LEAN = {"judge.curve": 0}   # leave out what the run is not about
 
@@ -177,7 +177,7 @@ ABLATIONS = {
 
 READERS = {"acdc": Reader(read_acdc, check_acdc), "ukb": Reader(read_ukb, check_ukb)}
 
-# %% ../../nbs/26_cmr_run.ipynb #0da7869b
+# %% ../../nbs/26_cmr_run.ipynb #73cc1a34
 def simulate(
     config: DataConfig,  # sizes and seeds
 ) -> tuple[CineSet, Split, CineSet]:
@@ -203,7 +203,7 @@ def read_real(
     hearts = prepare(found, config.frames, config.size, rejected=rejected)
     return hearts, split_by_patient(hearts.patients, (0.6, 0.0, 0.4), config.seed), people_of_judges(config)
 
-# %% ../../nbs/26_cmr_run.ipynb #63d1ffde
+# %% ../../nbs/26_cmr_run.ipynb #32e6875d
 def draw_reports(
     n: int,              # people
     config: DataConfig,  # population
@@ -227,7 +227,7 @@ def swap_neighbours(
 
 Pipeline = CPGGPipeline   # the name that every room's surface has
 
-# %% ../../nbs/26_cmr_run.ipynb #c6a1fb06
+# %% ../../nbs/26_cmr_run.ipynb #cb45a493
 MEANING = {
     "vae_error": "squared error of reconstructed test films as a share of their variance; 0 is perfect",
     "vae_error_heart": "the same in a box around the heart",
@@ -241,14 +241,14 @@ MEANING = {
     "phenotype_correlation_floor": "the same between halves of held-out reports",
     "implausible_rate": "share of drawn reports that contradict themselves",
     "variety": "spread of drawn reports over that of real ones, median over phenotypes",
-}
-
-# %% ../../nbs/26_cmr_run.ipynb #87accf7a
-MEANING |= {
     "fid_star": "Fréchet distance of single frames in features of our segmenter; not the paper's FID",
     "fvd_star": "Fréchet distance of films in features of our reader of films; not the paper's FVD",
     "fvd_ratio": "fvd_star over its floor: 1 is as near as real to real",
     "fvd_fixed_ratio": "the same in features of a network that nobody trained",
+}
+
+# %% ../../nbs/26_cmr_run.ipynb #c3b3d89f
+MEANING |= {
     "r2_median": "R2 of asked and read phenotypes, median over the 18 that a slice shows; the reader learned from other people",
     "r2_median_ceiling": "the same on recorded films: what the reader can do",
     "r2_lvef": "R2 of the ejection fraction asked for and read",
@@ -261,6 +261,7 @@ MEANING |= {
     "r2_lvef_ruler_ceiling": "the same on recorded films",
     "obeyed": "r2_median over its ceiling",
     "jitter_ratio": "restlessness of the volume curve as a multiple of that of recorded films",
+    "flow_ratio": "change of optical flow from frame to frame around the heart, as a multiple of that of recorded films (100 films)",
     "flicker": "restlessness of what surrounds the heart, likewise",
     "edge_sharpness": "slope of grey values at the inner wall, as a share of that of the autoencoder's own output on recorded films",
     "edge_sharpness_real": "the same as a share of recorded films",

@@ -24,7 +24,7 @@ def main() -> None:
     ask.add_argument("--repeats", type=int, default=3, help="repetitions (default 3)")
     ask.add_argument("--threads", type=int, default=2, help="torch threads (default 2)")
     ask.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
-    ask.add_argument("--only", default="", help="settings whose name holds this word")
+    ask.add_argument("--only", default="", help="numbers of the settings, e.g. 0,3,4 (default all; 0 is the one that the others are compared with, 6 takes minutes)")
     asked = ask.parse_args()
     torch.set_num_threads(asked.threads)
     torch.manual_seed(0)
@@ -39,18 +39,20 @@ def main() -> None:
                 "raster: one token per round, DPM-Solver++ 15, bf16": ours(bf16=True, steps=mar.tokens)}
     if asked.device == "cuda":
         settings["DPM-Solver++ 15, bf16, compiled"] = ours(bf16=True, static=True, look=torch.compile(see_all))
-    settings = {name: run for name, run in settings.items() if asked.only in name}
+    settings = {name: run for k, (name, run) in enumerate(settings.items()) if not asked.only or str(k) in asked.only.split(",")}
     times = {name: [] for name in settings}
-    for _ in range(1 + asked.repeats):                     # the first one warms up
+    warm = int(asked.repeats > 1)                          # the first one warms up
+    for _ in range(warm + asked.repeats):
         for name, run in settings.items():
             started = time.perf_counter()
             run()
             if asked.device == "cuda": torch.cuda.synchronize()
             times[name].append((time.perf_counter() - started) / asked.batch)
-    first = statistics.median(next(iter(times.values()))[1:])
-    print(f"batch {asked.batch}, {asked.device}, {asked.threads} threads, {asked.repeats} repetitions")
+            print(f"{name}: {times[name][-1]:.3f} s", flush=True)
+    first = statistics.median(next(iter(times.values()))[warm:])
+    print(f"\nbatch {asked.batch}, {asked.device}, {asked.threads} threads, {asked.repeats} repetitions")
     for name, seconds in times.items():
-        median = statistics.median(seconds[1:])
+        median = statistics.median(seconds[warm:])
         print(f"{name:52s} {median:8.3f} s per latent   {first / median:6.2f} x the first")
 
 
