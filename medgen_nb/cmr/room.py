@@ -7,21 +7,21 @@ __all__ = ['FITS', 'SCALE_CHANGES', 'TOLD', 'LEAN', 'ABLATIONS', 'READERS', 'Pip
            'ReportsConfig', 'MarConfig', 'JudgeConfig', 'Config', 'simulate', 'people_of_judges', 'read_real',
            'draw_reports', 'swap_neighbours']
 
-# %% ../../nbs/26_cmr_run.ipynb #8a14afce
+# %% ../../nbs/26_cmr_run.ipynb #d6bf7046
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 import pandas as pd
 
-# %% ../../nbs/26_cmr_run.ipynb #b4bafa00
+# %% ../../nbs/26_cmr_run.ipynb #8045db84
 from ..data import Split, split_by_patient
 from ..experiments import Ablation, Reader, override
 from ..training import FitConfig
 from .data import PHENOTYPES, CineSet, check_acdc, check_ukb, draw_population, phenotypes_of, prepare, read_acdc, read_ukb, simulate_hearts
 from .pipeline import CPGGPipeline
 
-# %% ../../nbs/26_cmr_run.ipynb #4bcd5a63
+# %% ../../nbs/26_cmr_run.ipynb #47fbf8e8
 @dataclass(frozen=True)
 class DataConfig:
     "Which hearts."
@@ -35,7 +35,7 @@ class DataConfig:
     fault: Literal["none", "phenotypes", "frames"] = "none"   # provoked: reports of other people; neighbouring frames that changed places (claim M19)
     seed: int = 0             # which people, and who is in which part; the same for all seeds of a run, so that runs can be paired
 
-# %% ../../nbs/26_cmr_run.ipynb #b31110d8
+# %% ../../nbs/26_cmr_run.ipynb #19663263
 @dataclass(frozen=True)
 class VaeConfig:
     "Film autoencoder (notebook 22)."
@@ -47,7 +47,7 @@ class VaeConfig:
     features: float = 0.0     # weight of the feature loss; its eye learns from films
     critic: float = 0.0       # weight of the patch critic
 
-# %% ../../nbs/26_cmr_run.ipynb #1d15e7a8
+# %% ../../nbs/26_cmr_run.ipynb #2f426141
 @dataclass(frozen=True)
 class ReportsConfig:
     "Phenotype VAE (notebook 21)."
@@ -59,7 +59,7 @@ class ReportsConfig:
     noise: bool = True        # add the decoder's noise; released: False
     temperature: float = 1.0  # spread of z (released: 1)
 
-# %% ../../nbs/26_cmr_run.ipynb #4435f5c2
+# %% ../../nbs/26_cmr_run.ipynb #5183ea25
 @dataclass(frozen=True)
 class MarConfig:
     "The transformer and its token head (notebook 23)."
@@ -83,25 +83,25 @@ class MarConfig:
     places: Literal["grid", "random"] = "grid"               # how the learned places start (released: random)
     says: Literal["v_prediction", "epsilon"] = "v_prediction"   # what the head says (released: epsilon, which explodes after short training)
 
-# %% ../../nbs/26_cmr_run.ipynb #a73b3f28
+# %% ../../nbs/26_cmr_run.ipynb #52719f29
 @dataclass(frozen=True)
 class JudgeConfig:
     "Sampling and evaluation."
     guidance: float = 3.0     # scale (released)
     ramp: Literal["constant", "linear"] = "constant"   # over the rounds (released)
     rounds: int = 16          # of decoding, at most one per token (released)
-    solver: Literal["ancestral", "dpm-solver++"] = "ancestral"   # of the token head (released)
-    head_steps: int = 100     # of the solver (released)
+    solver: Literal["dpm-solver++", "ancestral"] = "dpm-solver++"   # of the token head (released: ancestral; claim M10)
+    head_steps: int = 15      # of the solver (released: 100)
     twins: int = 24           # people who are filmed three times, for diversity
-    sweep: int = 16           # hearts whose ejection fraction is swept
-    curve: int = 40           # people for the curves of guidance and rounds; 0: leave them out
+    sweep: int = 8            # hearts whose ejection fraction is swept
+    curve: int = 24           # people for the curves of guidance and rounds; 0: leave them out
     pretrain: int = -1        # made films in per cent of the real ones in pre-training (claims M5, M6); -1: leave this out
     augment: bool = False     # pre-train with varied real films instead (claim M14)
     unlabelled: int = 200     # real films to pre-train on
     labelled: int = 60        # of them with labels
     replicates: int = 200     # bootstrap resamples
 
-# %% ../../nbs/26_cmr_run.ipynb #b6dc1ecb
+# %% ../../nbs/26_cmr_run.ipynb #e282c4be
 @dataclass(frozen=True)
 class Config:
     "All hyper-parameters of a run of this room."
@@ -125,7 +125,7 @@ class Config:
         "The config of one scale."
         return override(cls(), SCALE_CHANGES[scale])
 
-# %% ../../nbs/26_cmr_run.ipynb #a26362c6
+# %% ../../nbs/26_cmr_run.ipynb #e32fd3f3
 FITS = ("segmenter_fit", "reader_fit", "eye_fit", "vae_fit", "reports_fit", "fit", "pretrain_fit", "tune_fit")
 
 SCALE_CHANGES = {
@@ -134,7 +134,7 @@ SCALE_CHANGES = {
               "mar.width": 16, "mar.depth": 1, "mar.heads": 2, "mar.head_width": 16, "mar.head_depth": 1, "mar.groups": 4, "mar.codes": 4,
               "judge.rounds": 3, "judge.head_steps": 3, "judge.twins": 2, "judge.sweep": 2, "judge.curve": 4, "judge.unlabelled": 16, "judge.labelled": 8, "judge.replicates": 10,
               **{f"{fit}.{key}": value for fit in FITS for key, value in {"steps": 10, "batch_size": 8, "warmup": 2, "save_every": 10, "ema": 0.5, "precision": "fp32"}.items()}},
-    "demo": {"start": "pretrained", "data.train": 300, "data.test": 100, "data.judge": 400, "data.people": 2_000, "judge.solver": "dpm-solver++", "judge.head_steps": 15, "judge.twins": 8, "judge.sweep": 8,
+    "demo": {"start": "pretrained", "data.train": 300, "data.test": 100, "data.judge": 400, "data.people": 2_000, "judge.twins": 8,
              "judge.curve": 0, "judge.replicates": 50, "segmenter_fit.steps": 150, "reader_fit.steps": 150, "fit.steps": 30, "fit.lr": 2e-4, "fit.warmup": 5, "fit.ema": 0.9, "fit.save_every": 10},
     # the released code's numbers; how many people it learned from is not known
     "paper": {"data.train": 20_000, "data.test": 2_000, "data.frames": 50, "data.size": 96, "vae.widths": (128, 256, 512, 512), "vae.strides": ((1, 2, 2), (1, 2, 2), (2, 2, 2), (1, 1, 1)), "vae.blocks": 2,
@@ -143,7 +143,7 @@ SCALE_CHANGES = {
               "fit.lr": 8e-4, "fit.warmup": 31_000, "fit.schedule": "constant", "fit.ema": 0.9999, "fit.clip": 3.0, "fit.save_every": 1_000},
 }
 
-# %% ../../nbs/26_cmr_run.ipynb #0b694999
+# %% ../../nbs/26_cmr_run.ipynb #e42eaf87
 TOLD = tuple(dict.fromkeys(["LVEF", "LVEDV", "LVM", "RVEF", "RVEDV", *(f"WT_{k}" for k in range(7, 13)), *(f"Ecc_{k}" for k in range(7, 13)), "LAVmax", "RAVmax", "LVCO", *PHENOTYPES]))   # in this order they are told
 LEAN = {"judge.curve": 0}   # leave out what the run is not about
 
@@ -153,8 +153,7 @@ ABLATIONS = {
     "vq": Ablation(LEAN | {"mar.kind": "quantised"}, "M3: codes and cross-entropy instead of numbers and a diffusion loss"),
     "raster": Ablation(LEAN | {"mar.order": "raster", "judge.rounds": 1_000}, "M4, M8: one token after the other, frame blocks first"),
     **{f"guidance-{scale}": Ablation(LEAN | {"judge.guidance": float(scale)}, "M9: another scale of guidance") for scale in (0, 1, 5, 10)},
-    **{f"token-steps-{k}": Ablation(LEAN | {"judge.head_steps": k}, f"M10: {k} diffusion steps per token") for k in (50, 25, 10)},
-    "token-solver": Ablation(LEAN | {"judge.solver": "dpm-solver++", "judge.head_steps": 15}, "M10: DPM-Solver++ with 15 steps"),
+    **{f"token-steps-{k}": Ablation(LEAN | {"judge.solver": "ancestral", "judge.head_steps": k}, f"M10: {k} ancestral steps per token") for k in (100, 50, 25, 10)},
     "patch-2": Ablation(LEAN | {"mar.patch": (2, 2, 2)}, "M11: tokens of two latent frames instead of five"),
     "phenotype-normal": Ablation(LEAN | {"reports.prior": "normal", "reports.noise": False, "reports.beta": 0.01}, "M12: reports drawn as in the released code, without modes"),
     "places-random": Ablation(LEAN | {"mar.places": "random"}, "M15: learned places start as in the released code"),
@@ -177,7 +176,7 @@ ABLATIONS = {
 
 READERS = {"acdc": Reader(read_acdc, check_acdc), "ukb": Reader(read_ukb, check_ukb)}
 
-# %% ../../nbs/26_cmr_run.ipynb #73cc1a34
+# %% ../../nbs/26_cmr_run.ipynb #2894b305
 def simulate(
     config: DataConfig,  # sizes and seeds
 ) -> tuple[CineSet, Split, CineSet]:
@@ -203,7 +202,7 @@ def read_real(
     hearts = prepare(found, config.frames, config.size, rejected=rejected)
     return hearts, split_by_patient(hearts.patients, (0.6, 0.0, 0.4), config.seed), people_of_judges(config)
 
-# %% ../../nbs/26_cmr_run.ipynb #32e6875d
+# %% ../../nbs/26_cmr_run.ipynb #ced1653d
 def draw_reports(
     n: int,              # people
     config: DataConfig,  # population
@@ -227,7 +226,7 @@ def swap_neighbours(
 
 Pipeline = CPGGPipeline   # the name that every room's surface has
 
-# %% ../../nbs/26_cmr_run.ipynb #cb45a493
+# %% ../../nbs/26_cmr_run.ipynb #a6d02de2
 MEANING = {
     "vae_error": "squared error of reconstructed test films as a share of their variance; 0 is perfect",
     "vae_error_heart": "the same in a box around the heart",
@@ -247,7 +246,7 @@ MEANING = {
     "fvd_fixed_ratio": "the same in features of a network that nobody trained",
 }
 
-# %% ../../nbs/26_cmr_run.ipynb #c3b3d89f
+# %% ../../nbs/26_cmr_run.ipynb #48138c38
 MEANING |= {
     "r2_median": "R2 of asked and read phenotypes, median over the 18 that a slice shows; the reader learned from other people",
     "r2_median_ceiling": "the same on recorded films: what the reader can do",
