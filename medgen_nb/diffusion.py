@@ -223,6 +223,7 @@ def revise(
     generator: torch.Generator | None = None, # source of all noise; the global one when None
     before: Callable | None = None,           # (xt, t ()) -> xt, called before every step
     progress: bool = False,                   # show a progress bar
+    noise: torch.Tensor | None = None,        # like x0, standard normal: what is added; None: drawn
 ) -> torch.Tensor:                            # like x0
     "Noise data part of the way and denoise it again (Meng et al. 2022; diffusers' image-to-image). Raises `ValueError` when no step is left to take."
     taken = int(steps * strength)
@@ -230,5 +231,5 @@ def revise(
         raise ValueError(f"strength {strength} of {steps} steps leaves {taken} steps to take; choose strength in [1/steps, 1]")
     scheduler.set_timesteps(steps, device=x0.device)
     times = scheduler.timesteps[steps - taken :]
-    eps = randn_tensor(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
+    eps = randn_tensor(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype) if noise is None else noise
     return _descend(predict, scheduler, add_noise(x0, eps, abar_at(scheduler, times[0])), times, generator, before, progress)

@@ -242,3 +242,11 @@ def test_bad_arguments_are_named():
     for strength in (0.0, 0.01, 1.2, -1.0):
         with pytest.raises(ValueError, match="strength"):
             revise(shaky, make(), x0, strength, 20)
+
+
+def test_revise_starts_from_the_noise_that_it_is_given():
+    scheduler, x0 = DDIMScheduler(100, clip_sample=False), torch.zeros(2, 3)
+    still = lambda xt, t: torch.zeros_like(xt)
+    eps = torch.randn(2, 3, generator=seeded())
+    torch.testing.assert_close(revise(still, scheduler, x0, 0.5, 10, noise=eps), revise(still, scheduler, x0, 0.5, 10, seeded()))
+    assert not torch.allclose(revise(still, scheduler, x0, 0.5, 10, noise=-eps), revise(still, scheduler, x0, 0.5, 10, seeded()))
