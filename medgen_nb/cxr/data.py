@@ -7,15 +7,24 @@ __all__ = ['PLACES', 'ZONES', 'FINDINGS', 'WORDINGS', 'DEGREES', 'SIMULATOR', 'N
            'HEART_AT', 'HEART_DENSITY', 'FLAT_HEART', 'RIB_HALF', 'VESSEL_PIXELS', 'BRANCHES', 'HILUM_AT', 'GRAIN',
            'LUMPS', 'SLOTS', 'HALVES', 'SMALLEST', 'ROUND', 'PAINTERS', 'FAINT', 'SEEN', 'AT_ONCE', 'CLOUD_SIZE',
            'CLOUD_SPREAD', 'CLOUD_SMOOTH', 'SQUARE', 'SQUARE_HEIGHT', 'SQUARE_OFFSET', 'SQUARE_JITTER', 'CLOUD_RANGE',
-           'Finding', 'report_of', 'prompt_of', 'ChestSet', 'draw_people', 'ramp', 'bump', 'heart_of', 'ribs_of',
-           'bones_of', 'vessels_of', 'textures_of', 'Thorax', 'thorax_of', 'shadow_of', 'side_of', 'spot', 'chance',
-           'dose', 'covid_of', 'opacity_of', 'viral_of', 'effusion_of', 'nodule_of', 'cardiomegaly_of',
-           'pneumothorax_of', 'expose', 'draw_findings', 'draw_places', 'simulate_films', 'develop', 'simulate_vagan']
+           'FRONTAL', 'AGAIN', 'PICTURES', 'MODES', 'LEAST_SIDE', 'MOST_ASPECT', 'QUANTILES', 'RADIOGRAPHY', 'VIEWS',
+           'VIRUSES', 'NOTHING_SAID', 'NIH_CODES', 'NIH_OTHERS', 'CHEXPERT_CODES', 'CHEXPERT_OTHERS', 'Finding',
+           'report_of', 'prompt_of', 'ChestSet', 'draw_people', 'ramp', 'bump', 'heart_of', 'ribs_of', 'bones_of',
+           'vessels_of', 'textures_of', 'Thorax', 'thorax_of', 'shadow_of', 'side_of', 'spot', 'chance', 'dose',
+           'covid_of', 'opacity_of', 'viral_of', 'effusion_of', 'nodule_of', 'cardiomegaly_of', 'pneumothorax_of',
+           'expose', 'draw_findings', 'draw_places', 'simulate_films', 'develop', 'simulate_vagan', 'ChestRecord',
+           'read_grey', 'read_mask', 'load_film', 'all_problems', 'crop_square', 'shrink', 'as_window', 'prepare',
+           'chest_set', 'pictures_below', 'rows_of', 'one_file', 'read_covid_radiography', 'check_covid_radiography',
+           'labels_of_cohen', 'same_people', 'read_covid_chestxray', 'check_covid_chestxray', 'read_nih', 'check_nih',
+           'labels_of_chexpert', 'read_chexpert', 'check_chexpert']
 
 # %% ../../nbs/40_cxr_data.ipynb #950479d1
+import csv
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -23,7 +32,7 @@ import torch
 from PIL import Image, ImageDraw
 from scipy.ndimage import gaussian_filter
 
-from ..data import BadRecord, fingerprint
+from ..data import BadRecord, fingerprint, gather
 
 # %% ../../nbs/40_cxr_data.ipynb #ca110915
 PLACES = ("left upper zone", "left lower zone", "right upper zone", "right lower zone", "both lungs", "heart")
@@ -80,6 +89,7 @@ def report_of(
     said = " ".join(wording.format(where=where, how=how, How=how.capitalize()).replace(" ,", ",").replace(": .", ".").replace(", in density", "").split())
     return said[0].upper() + said[1:]
 
+# %% ../../nbs/40_cxr_data.ipynb #e1cf7dec
 def prompt_of(
     finding: str,      # code of FINDINGS, "normal" or "square"
     place: str = "",   # of PLACES; "": not said
@@ -117,8 +127,7 @@ class ChestSet:
     @property
     def fingerprint(self) -> str:
         "A short hash of films, labels, places, severity, reports and patients."
-        names = [str(name) for name in (*self.places, *self.reports, *self.patients)]
-        return fingerprint(self.films, self.labels.to_csv(index=False), self.severity, names)
+        return fingerprint(self.films, self.labels.to_csv(index=False), self.severity, [str(name) for name in (*self.places, *self.reports, *self.patients)])
 
     @property
     def normal(self) -> np.ndarray:
@@ -129,15 +138,11 @@ class ChestSet:
     @property
     def main(self) -> np.ndarray:
         "(n,) \"normal\", the first positive column, or \"unknown\"."
-        positive = (self.labels == 1).to_numpy()
-        first = np.array([*self.labels.columns, "unknown"])[np.where(positive.any(1), positive.argmax(1), positive.shape[1])]
-        return np.where(self.normal, "normal", first)
+        positive = np.column_stack([(self.labels == 1).to_numpy(), np.ones(len(self), bool)])     # the last column stands for nothing positive
+        return np.where(self.normal, "normal", np.array([*self.labels.columns, "unknown"])[positive.argmax(1)])
 
-    def rows(
-        self,
-        index,   # row numbers, a slice, or a mask
-    ) -> "ChestSet":
-        "Some of the films; what could not be read and the notes stay with them."
+    def rows(self, index) -> "ChestSet":
+        "Some of the films, by row numbers, a slice or a mask; what could not be read and the notes stay with them."
         index = np.arange(len(self))[index]
         cut = {name: getattr(self, name) for name in ("films", "places", "severity", "reports", "patients", "lungs", "lesions", "healthy")}
         return replace(self, labels=self.labels.iloc[index].reset_index(drop=True), **{name: None if value is None else value[index] for name, value in cut.items()})
@@ -273,7 +278,7 @@ def vessels_of(
             xy = np.concatenate([begin, end], 1).reshape(-1, 2) * zoom
             xy = np.stack([xy[:, 0] * cos - xy[:, 1] * sin + p["aside"][k], xy[:, 0] * sin + xy[:, 1] * cos + p["above"][k]], 1)
             for pair in ((xy + 1) / 2 * fine).reshape(-1, 4).tolist():
-                draw.line(pair, fill=(255, 210, 170, 130)[level], width=max(round((0.030, 0.020, 0.014, 0.009)[level] * fine / 2), 1))
+                draw.line(pair, fill=(255, 200, 140, 90)[level], width=max(round((0.030, 0.020, 0.014, 0.009)[level] * fine / 2), 1))
         out[k] = np.asarray(canvas.reduce(fine // size), np.float32) / 255
     return torch.from_numpy(out)
 
@@ -334,6 +339,7 @@ def thorax_of(
     t.shadow = shadow_of(t, middle, grain)
     return t
 
+# %% ../../nbs/40_cxr_data.ipynb #a3d69b30
 def shadow_of(
     t: Thorax,
     middle: torch.Tensor,   # half width of the mediastinum
@@ -354,7 +360,7 @@ def shadow_of(
     total = total + t.air * (q["vessel"] * t.vessels + q["hilum"] * hilum + 0.018 * grain) + q["breast"] * breast - 0.16 * q["gas"] * gas - 0.17 * windpipe
     return total * body
 
-# %% ../../nbs/40_cxr_data.ipynb #05ddafc4
+# %% ../../nbs/40_cxr_data.ipynb #615a6ecb
 SLOTS = 12     # even chances kept for findings, from this one on: nothing else uses them
 
 def side_of(
@@ -384,7 +390,12 @@ def dose(severity: np.ndarray) -> torch.Tensor:
 
 HALVES = {"upper": (0.18, 0.50), "lower": (0.58, 0.90)}    # how far down a lung its zones' spots lie
 
-def covid_of(t: Thorax, places: Sequence[str], severity: np.ndarray) -> torch.Tensor:
+# %% ../../nbs/40_cxr_data.ipynb #a37ddb13
+def covid_of(
+    t: Thorax,
+    places: Sequence[str],   # (n,) of PLACES
+    severity: np.ndarray,    # (n,) 0...1
+) -> torch.Tensor:
     "Soft patches of ground glass: peripheral, mostly lower, on both sides (or in one zone)."
     clear, side = torch.ones_like(t.x), side_of(places)
     lows = [HALVES[place.split()[1]] if place in ZONES else (0.40, 0.92) for place in places]
@@ -398,8 +409,12 @@ def covid_of(t: Thorax, places: Sequence[str], severity: np.ndarray) -> torch.Te
     haze = (1 - clear) * (1 + 0.22 * t.lumps).clamp(0.4, 1.6)
     return t.lung * haze * 0.85 * dose(severity)
 
-# %% ../../nbs/40_cxr_data.ipynb #615a6ecb
-def opacity_of(t: Thorax, places: Sequence[str], severity: np.ndarray) -> torch.Tensor:
+# %% ../../nbs/40_cxr_data.ipynb #c1763971
+def opacity_of(
+    t: Thorax,
+    places: Sequence[str],   # (n,) of PLACES
+    severity: np.ndarray,    # (n,) 0...1
+) -> torch.Tensor:
     "A dense lobe: sharp at the fissure, soft elsewhere, with air in its bronchi."
     side = side_of(places)
     upper = torch.tensor([1.0 if "upper" in place else -1.0 for place in places])[:, None, None]
@@ -410,13 +425,22 @@ def opacity_of(t: Thorax, places: Sequence[str], severity: np.ndarray) -> torch.
     bronchi = 1 - 0.55 * t.vessels
     return t.lung * (t.x * side > 0) * lobe * soft * bronchi * (1 + 0.08 * t.lumps) * 0.80 * dose(severity)
 
-def viral_of(t: Thorax, places: Sequence[str], severity: np.ndarray) -> torch.Tensor:
+def viral_of(
+    t: Thorax,
+    places: Sequence[str],   # (n,) of PLACES
+    severity: np.ndarray,    # (n,) 0...1
+) -> torch.Tensor:
     "A net of thickened interstitium around both hila, and some haze."
     near = bump(torch.sqrt(((t.away - 0.26) / chance(t, 0, 0.42, 0.56)) ** 2 + ((t.y + 0.02) / chance(t, 1, 0.48, 0.62)) ** 2)).sqrt()
     net = torch.exp(-((t.lace / 0.5) ** 2))                                  # bright where the field crosses zero: lines that meet
     return t.lung * near * (0.22 + 0.50 * net + 0.15 * t.vessels) * 0.80 * dose(severity)
 
-def effusion_of(t: Thorax, places: Sequence[str], severity: np.ndarray) -> torch.Tensor:
+# %% ../../nbs/40_cxr_data.ipynb #cb855069
+def effusion_of(
+    t: Thorax,
+    places: Sequence[str],   # (n,) of PLACES
+    severity: np.ndarray,    # (n,) 0...1
+) -> torch.Tensor:
     "Fluid from below: it hides the diaphragm and climbs along the wall."
     side = side_of(places)
     base = torch.where(side > 0, t.people["base left"], t.people["base right"])
@@ -426,7 +450,11 @@ def effusion_of(t: Thorax, places: Sequence[str], severity: np.ndarray) -> torch
 
 SMALLEST = 3.2     # pixels: a nodule must be seen at any size
 
-def nodule_of(t: Thorax, places: Sequence[str], severity: np.ndarray) -> torch.Tensor:
+def nodule_of(
+    t: Thorax,
+    places: Sequence[str],   # (n,) of PLACES
+    severity: np.ndarray,    # (n,) 0...1
+) -> torch.Tensor:
     "One round density, 6 to 15 per cent of the thorax's width."
     side, size = side_of(places), t.x.shape[-1]
     lows = [HALVES[place.split()[1]] for place in places]
@@ -436,8 +464,12 @@ def nodule_of(t: Thorax, places: Sequence[str], severity: np.ndarray) -> torch.T
     ball = bump(torch.sqrt((t.x - x) ** 2 + (t.y - y) ** 2) / (1.25 * radius)).sqrt()
     return t.lung * ball * 0.75 * dose(severity)
 
-# %% ../../nbs/40_cxr_data.ipynb #a37ddb13
-def cardiomegaly_of(t: Thorax, places: Sequence[str], severity: np.ndarray) -> torch.Tensor:
+# %% ../../nbs/40_cxr_data.ipynb #bfec49ef
+def cardiomegaly_of(
+    t: Thorax,
+    places: Sequence[str],   # (n,) of PLACES
+    severity: np.ndarray,    # (n,) 0...1
+) -> torch.Tensor:
     "A heart wider than half the thorax: 0.54 at severity 0.4, 0.68 at 1."
     wide = torch.as_tensor(0.45 + 0.23 * np.asarray(severity), dtype=torch.float32)[:, None, None] + chance(t, 0, -0.01, 0.01)
     larger = heart_of(t.x, t.y, t.people, torch.maximum(wide, t.people["ratio"]))
@@ -445,7 +477,11 @@ def cardiomegaly_of(t: Thorax, places: Sequence[str], severity: np.ndarray) -> t
 
 ROUND = 0.06       # thorax units over which the pleural line turns at the apex
 
-def pneumothorax_of(t: Thorax, places: Sequence[str], severity: np.ndarray) -> torch.Tensor:
+def pneumothorax_of(
+    t: Thorax,
+    places: Sequence[str],   # (n,) of PLACES
+    severity: np.ndarray,    # (n,) 0...1
+) -> torch.Tensor:
     "Air between lung and wall: darker, no vessels, and a thin line where the lung ends."
     side, s = side_of(places), torch.as_tensor(severity, dtype=torch.float32)[:, None, None]
     aside, below = t.wall - t.away, 0.8 * (t.y - t.people["apex"])
@@ -458,6 +494,9 @@ def pneumothorax_of(t: Thorax, places: Sequence[str], severity: np.ndarray) -> t
 
 PAINTERS: dict[str, Callable] = {"covid": covid_of, "opacity": opacity_of, "viral": viral_of, "effusion": effusion_of, "nodule": nodule_of,
                                  "cardiomegaly": cardiomegaly_of, "pneumothorax": pneumothorax_of}
+
+
+# Each finding at severities 0.1, 0.4, 0.7 and 1, in the same person:
 
 # %% ../../nbs/40_cxr_data.ipynb #bba591f1
 FAINT = 0.004      # attenuation below which a finding is nothing: so an effect ends
@@ -485,6 +524,7 @@ def draw_findings(
         raise ValueError(f"{len(findings)} findings are forced on {len(u)} people; force one, or one for each")
     return np.broadcast_to(np.asarray(findings, dtype=str), len(u)).copy()
 
+# %% ../../nbs/40_cxr_data.ipynb #3bf5a608
 def draw_places(
     codes: np.ndarray, u: np.ndarray,   # (n,) findings and even chances
     given: object = None,               # one place, or n; None: drawn
@@ -502,7 +542,7 @@ def draw_places(
         out.append(place)
     return np.array(out, dtype=str)
 
-# %% ../../nbs/40_cxr_data.ipynb #fa5433b8
+# %% ../../nbs/40_cxr_data.ipynb #96bae4c1
 def simulate_films(
     n: int,                # people, one film each
     size: int = 64,        # pixels
@@ -539,6 +579,7 @@ def simulate_films(
     patients = np.array([f"sim-{population}-{seed}-{k:05d}" for k in range(n)])
     return ChestSet(films, labels, places, severity, np.array(reports, dtype=str), patients, lungs, lesions, healthy)
 
+# %% ../../nbs/40_cxr_data.ipynb #3719be39
 def develop(
     p: Mapping[str, np.ndarray], size: int, codes: np.ndarray, places: np.ndarray, severity: np.ndarray,   # people, pixels, and (n,) each
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -586,3 +627,379 @@ def simulate_vagan(
     reports = [f"A bright square in the middle and another one {side}." if ill else "Clouds only. No finding." for side, ill in zip(where, sick)]
     return ChestSet(np.clip(healthy + effect, -1, 1), pd.DataFrame({"square": sick.astype(float)}), np.full(n, ""), sick.astype(float), np.array(reports, dtype=str),
                     np.array([f"cloud-{seed}-{k:05d}" for k in range(n)]), None, effect > SQUARE_HEIGHT / CLOUD_RANGE / 2, np.clip(healthy, -1, 1))
+
+# %% ../../nbs/40_cxr_data.ipynb #a44d5f12
+FRONTAL = ("PA", "AP", "AP supine", "AP erect", "frontal", "")   # views that are films from the front; "": the set says nothing, and holds no others
+
+@dataclass(frozen=True)
+class ChestRecord:
+    "One film as it lies on disk: what is known, and nothing that is guessed."
+    file: Path                  # the picture
+    patient: str
+    labels: dict[str, float]    # column -> 1.0 yes, 0.0 no; what is not in it, or nan, is unknown
+    view: str = ""              # as in FRONTAL, or "lateral"
+    mask: Path | None = None    # lungs, drawn or guessed by somebody
+    fields: dict[str, str] = field(default_factory=dict)   # what the table says beside it
+    flags: tuple[str, ...] = () # quirks that were noticed
+
+AGAIN = "download the file again, or take it out of the folder"
+PICTURES = (".png", ".jpg", ".jpeg")
+MODES = {"RGB": "colour to grey", "RGBA": "colour to grey, alpha dropped", "LA": "alpha dropped", "P": "palette to grey", "CMYK": "colour to grey",
+         "I;16": "16 bits", "I;16B": "16 bits", "I": "16 bits", "F": "32 bits", "1": "black and white"}   # how a picture is stored -> what `notes` say
+LEAST_SIDE, MOST_ASPECT = 32, 2.0    # pixels; longer over shorter side: beyond it is no frontal film (ours)
+
+def read_grey(
+    file: Path,
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    "(rows, columns) float32 in the file's own units, and how it was converted. Raises `BadRecord` when it cannot be read to its end or shows nothing."
+    try:
+        with Image.open(file) as opened:
+            mode = opened.mode
+            opened.load()
+            deep = mode.startswith("I") or mode == "F"
+            grey = np.asarray(opened if deep else opened.convert("RGBA").convert("L") if mode == "P" else opened.convert("L"), dtype=np.float32)
+    except Exception as error:     # Pillow raises many kinds
+        raise BadRecord(file, "the whole picture", f"it cannot be read ({type(error).__name__}: {str(error)[:60]})", AGAIN) from None
+    if grey.ndim != 2 or min(grey.shape) < LEAST_SIDE or max(grey.shape) > MOST_ASPECT * min(grey.shape):
+        raise BadRecord(file, "its size", f"{grey.shape[::-1]} pixels; a film has at least {LEAST_SIDE} a side and is nearly square", AGAIN)
+    if not np.isfinite(grey).all() or grey.max() == grey.min():
+        raise BadRecord(file, "the pixels", "they are all the same, or not finite", AGAIN)
+    return grey, ((MODES[mode],) if mode in MODES else ())
+
+# %% ../../nbs/40_cxr_data.ipynb #2de74cc5
+def read_mask(
+    file: Path,
+    shape: tuple[int, int],   # rows, columns of its film
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    "(rows, columns) bool in the film's shape, and whether it was resampled. Raises `BadRecord` when its aspect is another: it was drawn on another picture."
+    try:
+        with Image.open(file) as opened:
+            mask = opened.convert("L")
+    except Exception as error:
+        raise BadRecord(file, "the whole mask", f"it cannot be read ({type(error).__name__}: {str(error)[:60]})", AGAIN) from None
+    if abs(math.log(mask.width / mask.height * shape[0] / shape[1])) > 1.5 / min(mask.size):      # more than rounding to whole pixels explains
+        raise BadRecord(file, "its size", f"{mask.size} pixels, and the film has {shape[::-1]}", "take film and mask from one release")
+    same = mask.size == shape[::-1]
+    drawn = np.asarray(mask if same else mask.resize(shape[::-1], Image.Resampling.BILINEAR))
+    return drawn > 127, (() if same else ("mask resampled",))
+
+def load_film(
+    record: ChestRecord,
+) -> tuple[np.ndarray, np.ndarray | None, tuple[str, ...]]:
+    "Film (rows, columns) float32, lungs bool or None, and what was noticed. Raises `BadRecord`."
+    grey, flags = read_grey(record.file)
+    lungs, more = read_mask(record.mask, grey.shape) if record.mask else (None, ())
+    return grey, lungs, (*record.flags, *flags, *more)
+
+def all_problems(
+    reader: Callable,   # root -> records and what was rejected
+    root: str | Path,
+) -> list[BadRecord]:
+    "What a reader rejects, and every picture that cannot be read."
+    try:
+        records, rejected = reader(root)
+    except BadRecord as problem:
+        return [problem]
+    def opens(record: ChestRecord) -> None:
+        load_film(record)
+    return rejected + gather([record for record in records if record.file.suffix.lower() in PICTURES], opens)[1]   # volumes are not ours
+
+# %% ../../nbs/40_cxr_data.ipynb #fab0b034
+QUANTILES = (0.005, 0.995)   # of a film, become -1 and 1: letters, pacemakers and black margins must not decide
+
+def crop_square(
+    picture: np.ndarray,   # (rows, columns)
+) -> np.ndarray:
+    "The square in its middle."
+    side = min(picture.shape)
+    top, left = ((length - side) // 2 for length in picture.shape)
+    return picture[top : top + side, left : left + side]
+
+def shrink(
+    picture: np.ndarray,   # (side, side) float32 or bool
+    size: int,             # pixels
+) -> np.ndarray:
+    "(size, size) float32; coarser pixels are means of finer ones."
+    return np.asarray(Image.fromarray(picture.astype(np.float32)).resize((size, size), Image.Resampling.BOX if size < len(picture) else Image.Resampling.BILINEAR))
+
+def as_window(
+    picture: np.ndarray,   # any shape
+) -> np.ndarray:
+    "QUANTILES become -1 and 1, float32; what lies beyond is cut."
+    low, high = np.quantile(picture, QUANTILES)
+    return np.clip(2 * (picture - low) / max(high - low, 1e-6) - 1, -1, 1).astype(np.float32)
+
+# %% ../../nbs/40_cxr_data.ipynb #d34aed9d
+def prepare(
+    records: Sequence[ChestRecord],
+    size: int = 64,                      # pixels
+    rejected: Sequence[BadRecord] = (),  # go along
+    views: Sequence[str] = FRONTAL,      # what is kept; the rest is counted in `notes`
+    strict: bool = False,                # raise the first problem instead of collecting it
+) -> ChestSet:
+    """Films of one form: greyscale, the square in the middle, each in its own window. Columns: FINDINGS that the set knows, then its own names.
+
+    `lungs` are all False where nobody drew them, None if nobody did at all. Raises `ValueError` when nothing is left."""
+    kept, bad, loaded, notes = [], list(rejected), [], {}
+    def note(what: str) -> None:
+        notes[what] = notes.get(what, 0) + 1
+    for record in records:
+        if record.view not in views:
+            note(f"left out: {record.view}")
+            continue
+        try:
+            grey, lungs, flags = load_film(record)
+        except BadRecord as problem:
+            if strict:
+                raise
+            bad.append(problem)
+            continue
+        for flag in (*flags, *(("cropped to a square",) if grey.shape[0] != grey.shape[1] else ()), *(("no lung mask",) if lungs is None else ())):
+            note(flag)
+        kept.append(record)
+        loaded.append((as_window(shrink(crop_square(grey), size)), np.zeros((size, size), bool) if lungs is None else shrink(crop_square(lungs), size) > 0.5))
+    if not kept or size < 16:
+        raise ValueError(f"{len(kept)} of {len(records)} films are left at {size} pixels ({len(bad)} could not be read, {notes}); read a data set with frontal films")
+    return chest_set(kept, loaded, bad, notes)
+
+# %% ../../nbs/40_cxr_data.ipynb #7b0d024a
+def chest_set(
+    kept: Sequence[ChestRecord],
+    loaded: Sequence[tuple[np.ndarray, np.ndarray]],   # film and lungs of each
+    bad: list[BadRecord], notes: dict[str, int],
+) -> ChestSet:
+    "Records and their pictures as a `ChestSet`. Places, severity and reports are unknown: no set says them."
+    named = {name for record in kept for name in record.labels}
+    columns = [*(code for code in FINDINGS if code in named), *sorted(named - set(FINDINGS))]
+    labels = pd.DataFrame([[record.labels.get(name, math.nan) for name in columns] for record in kept], columns=columns, dtype=float)
+    films, lungs = (np.stack(each) for each in zip(*loaded))
+    none = np.full(len(kept), "", dtype=str)
+    return ChestSet(films, labels, none, np.full(len(kept), math.nan), none.copy(), np.array([record.patient for record in kept], dtype=str),
+                    lungs if lungs.any() else None, rejected=bad, notes=notes)
+
+# %% ../../nbs/40_cxr_data.ipynb #9092d82d
+def pictures_below(
+    folder: Path,
+) -> dict[str, list[Path]]:
+    "File name -> where pictures of this name lie, in any folder below."
+    out: dict[str, list[Path]] = {}
+    for file in sorted(folder.rglob("*")):
+        if file.suffix.lower() in PICTURES:
+            out.setdefault(file.name, []).append(file)
+    return out
+
+def rows_of(
+    table: Path,
+    needed: Sequence[str],   # columns
+) -> list[dict[str, str]]:
+    "Rows of a table, empty fields as \"\". Raises `BadRecord` when it cannot be read or a column is missing."
+    try:
+        with open(table, newline="", encoding="utf-8-sig") as opened:
+            reader = csv.DictReader(opened)
+            rows = [{key: (value or "").strip() for key, value in row.items() if isinstance(key, str) and not isinstance(value, list)} for row in reader]
+    except (OSError, ValueError, csv.Error) as error:
+        raise BadRecord(table, "the whole table", f"it cannot be read ({type(error).__name__})", AGAIN) from None
+    if missing := [name for name in needed if name not in (reader.fieldnames or [])]:
+        raise BadRecord(table, "the header", f"no column {missing[0]!r}; there are {', '.join(str(name) for name in (reader.fieldnames or [])[:8])}", "take the table of the official release")
+    return rows
+
+def one_file(
+    table: Path, name: str,
+    found: Mapping[str, list[Path]],   # from `pictures_below`
+) -> Path:
+    "The picture that a row means. Raises `BadRecord` when there is none, or more than one."
+    files = found.get(name, [])
+    if len(files) != 1:
+        raise BadRecord(table, f"the row of {name}", "there is no such picture" if not files else f"there are {len(files)} pictures of this name",
+                        "download it, or take the row away" if not files else "keep one of them")
+    return files[0]
+
+# %% ../../nbs/40_cxr_data.ipynb #1a69eee0
+RADIOGRAPHY = {"COVID": "covid", "Lung_Opacity": "opacity", "Viral Pneumonia": "viral", "Normal": "normal"}   # folder -> code
+
+def read_covid_radiography(
+    root: str | Path,   # holds COVID/, Lung_Opacity/, Normal/, Viral Pneumonia/, each with images/ and masks/
+) -> tuple[list[ChestRecord], list[BadRecord]]:
+    """COVID-19 Radiography Database. The four classes exclude each other. It names no patients: each film counts as one. Raises `BadRecord` only when there is nothing to read.
+
+    Official masks have 256 x 256 pixels beside films of 299 x 299: resampled, and counted by `prepare`."""
+    base = Path(root)
+    folders = {code: base / name for name, code in RADIOGRAPHY.items() if (base / name / "images").is_dir()}
+    if not folders:
+        raise BadRecord(base, "the whole folder", f"none of {', '.join(f'{name}/images' for name in RADIOGRAPHY)} is in it", "name the unpacked folder with --root")
+    records, rejected = [], [BadRecord(base / name, "the folder", "this class is missing", "unpack the whole release") for name, code in RADIOGRAPHY.items() if code not in folders]
+    for code, folder in folders.items():
+        films = [file for file in sorted((folder / "images").iterdir()) if file.suffix.lower() in PICTURES]
+        masks = {file.stem: file for file in sorted((folder / "masks").iterdir())} if (folder / "masks").is_dir() else {}
+        labels = {name: float(name == code) for name in RADIOGRAPHY.values() if name != "normal"}
+        records += [ChestRecord(file, file.stem, labels, mask=masks.pop(file.stem, None), fields={"class": folder.name}) for file in films]
+        rejected += [BadRecord(file, "the mask", "there is no film of this name", "download the film, or take the mask away") for file in masks.values()]
+    return records, rejected
+
+def check_covid_radiography(root: str | Path) -> list[BadRecord]:
+    "Everything missing or broken in a folder of COVID-19 Radiography. Empty: all is well."
+    return all_problems(read_covid_radiography, root)
+
+# %% ../../nbs/40_cxr_data.ipynb #0df92f7d
+VIEWS = {"PA": "PA", "AP": "AP", "AP Supine": "AP supine", "AP Erect": "AP erect", "L": "lateral", "Lateral": "lateral", "Axial": "axial", "Coronal": "coronal"}
+VIRUSES = ("SARS", "MERS-CoV", "MERS", "Influenza", "H1N1", "Varicella", "Herpes", "Viral")   # as the table spells them: viral, and not COVID-19
+NOTHING_SAID = ("", "todo", "Unknown", "unknown")
+
+def labels_of_cohen(
+    finding: str,   # e.g. "Pneumonia/Viral/COVID-19", "COVID-19, ARDS", "Streptococcus", "No Finding"
+) -> dict[str, float]:
+    "Its labels: our codes where we have them, else the most specific word as a column of its own."
+    words = [word.strip() for word in re.split(r"[/,]", finding)]
+    if set(words) <= set(NOTHING_SAID):
+        return {"covid": math.nan, "viral": math.nan}
+    if "No Finding" in words:
+        return {"covid": 0.0, "viral": 0.0}
+    covid = "COVID-19" in words
+    viral = not covid and any(word in VIRUSES for word in words)
+    vague = words == ["Pneumonia"]                                  # of which kind is not said
+    labels = {"covid": float(covid), "viral": math.nan if vague else float(viral)}
+    return labels if covid or viral else labels | {words[-1]: 1.0}
+
+def same_people(
+    pairs: Sequence[tuple[str, str]],   # (thing, person): a thing that belongs to two people joins them
+) -> dict[str, str]:
+    "Person -> the first name of this person."
+    first: dict[str, str] = {}
+    owner: dict[str, str] = {}
+    def find(name: str) -> str:
+        while first.setdefault(name, name) != name:
+            name = first[name]
+        return name
+    for thing, person in pairs:
+        one, other = find(owner.setdefault(thing, person)), find(person)
+        first[max(one, other)] = min(one, other)
+    return {name: find(name) for name in first}
+
+# %% ../../nbs/40_cxr_data.ipynb #1429a2dd
+def read_covid_chestxray(
+    root: str | Path,   # holds metadata.csv, images/, annotations/lungVAE-masks/
+) -> tuple[list[ChestRecord], list[BadRecord]]:
+    "COVID chest X-ray (Cohen et al.): every row; computed tomography has the view \"CT\". `prepare` keeps the frontal ones. Raises `BadRecord` only when there is nothing to read."
+    base = Path(root)
+    table = base / "metadata.csv"
+    rows = rows_of(table, ("patientid", "finding", "view", "modality", "filename"))
+    found = pictures_below(base / "images")
+    masks = {file.name.removesuffix("_mask.png"): file for file in sorted((base / "annotations" / "lungVAE-masks").glob("*_mask.png"))}
+    people = same_people([(row["filename"], row["patientid"]) for row in rows])
+    listed: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        listed.setdefault(row["filename"], []).append(row)
+
+    def read(name: str) -> ChestRecord:
+        several = listed[name]
+        if len({(row["finding"], row["view"]) for row in several}) > 1:
+            raise BadRecord(table, f"the rows of {name}", f"they contradict each other: {' | '.join(sorted({row['finding'] + ' ' + row['view'] for row in several}))}", "keep one row")
+        row = several[0]
+        if not row["patientid"]:
+            raise BadRecord(table, f"the row of {name}", "no patientid", "correct the row")
+        flags = (("listed for several patients",) if len({each["patientid"] for each in several}) > 1 else ()) + (("listed twice",) if len(several) > 1 else ())
+        film = row["modality"] in ("X-ray", "")
+        file, view = (one_file(table, name, found), VIEWS.get(row["view"], row["view"] or "unknown view")) if film else (base / (row.get("folder") or "images") / name, row["modality"])
+        return ChestRecord(file, people[row["patientid"]], labels_of_cohen(row["finding"]), view,
+                           masks.get(Path(name).stem), row, flags)
+
+    records, rejected = gather(listed, read)
+    rejected += [BadRecord(file, "the picture", "no row of metadata.csv names it", "add the row, or take the picture away") for name in sorted(set(found) - set(listed)) for file in found[name]]
+    return records, rejected
+
+def check_covid_chestxray(root: str | Path) -> list[BadRecord]:
+    "Everything missing or broken in a folder of COVID chest X-ray. Empty: all is well."
+    return all_problems(read_covid_chestxray, root)
+
+# %% ../../nbs/40_cxr_data.ipynb #aaf4c6d6
+NIH_CODES = {finding.official["nih"]: code for code, finding in FINDINGS.items() if "nih" in finding.official}
+NIH_OTHERS = ("Atelectasis", "Edema", "Emphysema", "Fibrosis", "Hernia", "Infiltration", "Mass", "Pleural_Thickening", "Pneumonia")   # we have no code for them
+
+def read_nih(
+    root: str | Path,   # holds Data_Entry_2017*.csv, and pictures in any folder below
+) -> tuple[list[ChestRecord], list[BadRecord]]:
+    """NIH ChestX-ray14. All are frontal. Findings without a code of ours keep NIH's names. Raises `BadRecord` only when there is nothing to read.
+
+    The header's own commas split its last two names in four: columns are taken by name, and these are not needed."""
+    base = Path(root)
+    tables = sorted(base.rglob("Data_Entry*.csv"))
+    if len(tables) != 1:
+        raise BadRecord(base, "the whole folder", f"{len(tables)} tables Data_Entry*.csv; one is needed", "name the folder with --root")
+    rows, found = rows_of(tables[0], ("Image Index", "Finding Labels", "Patient ID")), pictures_below(base)
+    seen: set[str] = set()
+
+    def read(row: dict[str, str]) -> ChestRecord:
+        name, said = row["Image Index"], set(row["Finding Labels"].split("|"))
+        if unknown := sorted(said - set(NIH_CODES) - set(NIH_OTHERS) - {"No Finding"}):
+            raise BadRecord(tables[0], f"the row of {name}", f"unknown finding {unknown[0]!r}", "take the table of the official release")
+        if "No Finding" in said and len(said) > 1:
+            raise BadRecord(tables[0], f"the row of {name}", f"No Finding beside {', '.join(sorted(said - {'No Finding'}))}", "correct the row")
+        if name in seen or not row["Patient ID"]:
+            raise BadRecord(tables[0], f"the row of {name}", "this film has a row already" if name in seen else "no Patient ID", "correct the table")
+        seen.add(name)
+        labels = {NIH_CODES.get(word, word): float(word in said) for word in (*NIH_CODES, *NIH_OTHERS)}
+        return ChestRecord(one_file(tables[0], name, found), row["Patient ID"], labels, row.get("View Position", ""), fields=row)
+
+    records, rejected = gather(rows, read)
+    known = {row["Image Index"] for row in rows}
+    rejected += [BadRecord(file, "the picture", f"no row of {tables[0].name} names it", "add the row, or take the picture away") for name in sorted(set(found) - known) for file in found[name]]
+    return records, rejected
+
+def check_nih(root: str | Path) -> list[BadRecord]:
+    "Everything missing or broken in a folder of NIH ChestX-ray14. Empty: all is well."
+    return all_problems(read_nih, root)
+
+# %% ../../nbs/40_cxr_data.ipynb #66e48691
+CHEXPERT_CODES = {finding.official["chexpert"]: code for code, finding in FINDINGS.items() if "chexpert" in finding.official}
+CHEXPERT_OTHERS = ("Enlarged Cardiomediastinum", "Lung Opacity", "Edema", "Pneumonia", "Atelectasis", "Pleural Other", "Fracture", "Support Devices")
+
+def labels_of_chexpert(
+    row: Mapping[str, str],
+) -> tuple[dict[str, float], tuple[str, ...]]:
+    "1 yes, 0 no, -1 (uncertain) and blank nan; with No Finding all blank ones but Support Devices are 0. Raises `ValueError` for another value."
+    labels, flags = {}, ()
+    for name in (*CHEXPERT_CODES, *CHEXPERT_OTHERS):
+        value = float(row[name]) if row[name] else math.nan
+        if value not in (0.0, 1.0, -1.0) and row[name]:
+            raise ValueError(f"{name} is {row[name]!r}; 1, 0, -1 and blank are known")
+        flags = ("uncertain labels, taken as unknown",) if value == -1 else flags
+        if not row[name] and row["No Finding"] in ("1", "1.0") and name != "Support Devices":
+            value = 0.0
+        labels[CHEXPERT_CODES.get(name, name)] = math.nan if value == -1 else value
+    return labels, flags
+
+# %% ../../nbs/40_cxr_data.ipynb #3ca66c8c
+def read_chexpert(
+    root: str | Path,   # holds train.csv and/or valid.csv, and train/, valid/ below it (or below the folder that column Path begins with)
+) -> tuple[list[ChestRecord], list[BadRecord]]:
+    "CheXpert: frontal and lateral films; `prepare` keeps the frontal ones. Raises `BadRecord` only when there is nothing to read."
+    base = Path(root)
+    tables = [base / name for name in ("train.csv", "valid.csv", "test.csv") if (base / name).exists()]
+    if not tables:
+        raise BadRecord(base, "the whole folder", "there is neither train.csv nor valid.csv in it", "name the folder with --root")
+    needed = ("Path", "Frontal/Lateral", "AP/PA", "No Finding", *CHEXPERT_CODES, *CHEXPERT_OTHERS)
+    jobs = [(table, row) for table in tables for row in rows_of(table, needed)]
+    used: set[Path] = set()
+
+    def read(job: tuple[Path, dict[str, str]]) -> ChestRecord:
+        table, row = job
+        path = Path(row["Path"])
+        files = [file for file in (base / path, base.joinpath(*path.parts[1:])) if file.is_file()]
+        if not files or files[0] in used:
+            raise BadRecord(table, f"the row of {path}", "this film has a row already" if files else "there is no such picture", "take the row away, or download the picture")
+        used.add(files[0])
+        patient = next((part for part in path.parts if part.startswith("patient")), "")
+        try:
+            labels, flags = labels_of_chexpert(row)
+        except ValueError as error:
+            raise BadRecord(table, f"the row of {path}", str(error), "correct the row") from None
+        view = "lateral" if row["Frontal/Lateral"] == "Lateral" else row["AP/PA"] if row["AP/PA"] in FRONTAL and row["AP/PA"] else "frontal"
+        return ChestRecord(files[0], patient or str(path), labels, view, fields=row, flags=flags)
+
+    records, rejected = gather(jobs, read)
+    left = [file for files in pictures_below(base).values() for file in files if file not in used]
+    return records, rejected + [BadRecord(file, "the picture", "no row names it", "add the row, or take the picture away") for file in left]
+
+def check_chexpert(root: str | Path) -> list[BadRecord]:
+    "Everything missing or broken in a folder of CheXpert. Empty: all is well."
+    return all_problems(read_chexpert, root)
