@@ -8,15 +8,16 @@ __all__ = ['PLACES', 'ZONES', 'FINDINGS', 'WORDINGS', 'DEGREES', 'SIMULATOR', 'N
            'LUMPS', 'SLOTS', 'HALVES', 'SMALLEST', 'ROUND', 'PAINTERS', 'FAINT', 'SEEN', 'AT_ONCE', 'CLOUD_SIZE',
            'CLOUD_SPREAD', 'CLOUD_SMOOTH', 'SQUARE', 'SQUARE_HEIGHT', 'SQUARE_OFFSET', 'SQUARE_JITTER', 'CLOUD_RANGE',
            'FRONTAL', 'AGAIN', 'PICTURES', 'MODES', 'LEAST_SIDE', 'MOST_ASPECT', 'QUANTILES', 'RADIOGRAPHY', 'VIEWS',
-           'VIRUSES', 'NOTHING_SAID', 'NIH_CODES', 'NIH_OTHERS', 'CHEXPERT_CODES', 'CHEXPERT_OTHERS', 'Finding',
-           'report_of', 'prompt_of', 'ChestSet', 'draw_people', 'ramp', 'bump', 'heart_of', 'ribs_of', 'bones_of',
-           'vessels_of', 'textures_of', 'Thorax', 'thorax_of', 'shadow_of', 'side_of', 'spot', 'chance', 'dose',
-           'covid_of', 'opacity_of', 'viral_of', 'effusion_of', 'nodule_of', 'cardiomegaly_of', 'pneumothorax_of',
-           'expose', 'draw_findings', 'draw_places', 'simulate_films', 'develop', 'simulate_vagan', 'ChestRecord',
-           'read_grey', 'read_mask', 'load_film', 'all_problems', 'crop_square', 'shrink', 'as_window', 'prepare',
-           'chest_set', 'pictures_below', 'rows_of', 'one_file', 'read_covid_radiography', 'check_covid_radiography',
-           'labels_of_cohen', 'same_people', 'read_covid_chestxray', 'check_covid_chestxray', 'read_nih', 'check_nih',
-           'labels_of_chexpert', 'read_chexpert', 'check_chexpert']
+           'VIRUSES', 'SLICES', 'NOTHING_SAID', 'NIH_CODES', 'NIH_OTHERS', 'CHEXPERT_CODES', 'CHEXPERT_OTHERS',
+           'Finding', 'report_of', 'prompt_of', 'ChestSet', 'draw_people', 'ramp', 'bump', 'heart_of', 'ribs_of',
+           'bones_of', 'vessels_of', 'textures_of', 'Thorax', 'thorax_of', 'shadow_of', 'side_of', 'spot', 'chance',
+           'dose', 'covid_of', 'opacity_of', 'viral_of', 'effusion_of', 'nodule_of', 'cardiomegaly_of',
+           'pneumothorax_of', 'expose', 'draw_findings', 'draw_places', 'simulate_films', 'some_people', 'develop',
+           'simulate_vagan', 'ChestRecord', 'read_grey', 'read_mask', 'load_film', 'all_problems', 'crop_square',
+           'shrink', 'as_window', 'prepare', 'chest_set', 'pictures_below', 'rows_of', 'one_file',
+           'read_covid_radiography', 'check_covid_radiography', 'labels_of_cohen', 'same_people',
+           'read_covid_chestxray', 'check_covid_chestxray', 'read_nih', 'check_nih', 'labels_of_chexpert',
+           'read_chexpert', 'check_chexpert']
 
 # %% ../../nbs/40_cxr_data.ipynb #950479d1
 import csv
@@ -57,6 +58,7 @@ FINDINGS = {
 
 # %% ../../nbs/40_cxr_data.ipynb #03bb6a33
 WORDINGS = {   # templates of reports: {where} is a place in words, {how} a severity in words
+    "": ("Findings of {name} in {where}.", "{Where}: {name}."),   # when no severity is known
     "normal": ("Heart size and lungs are normal. No finding.", "The lungs are clear. The heart is of normal size.", "No acute cardiopulmonary abnormality.",
                "Clear lungs, sharp costophrenic angles, heart not enlarged. No finding."),
     "covid": ("{How} patchy ground-glass opacities in {where}, suggestive of COVID-19 pneumonia.", "Peripheral ground-glass patches in {where}: COVID-19 pneumonia, {how}.",
@@ -80,13 +82,13 @@ def report_of(
     rng: np.random.Generator | int = 0,   # chooses the wording
 ) -> str:
     "One or two sentences as a radiologist would dictate them; templates, ours. Raises `ValueError` for an unknown finding."
-    if finding not in WORDINGS:
+    if finding not in WORDINGS or not finding:
         raise ValueError(f"no wording for finding {finding!r}; there are {', '.join(WORDINGS)}")
     rng = rng if isinstance(rng, np.random.Generator) else np.random.default_rng(rng)
-    wording = WORDINGS[finding][rng.integers(len(WORDINGS[finding]))]
-    how = "" if math.isnan(severity) else next(word for most, word in DEGREES if severity < most)
-    where = {"": "the lungs", "both lungs": "both lungs"}.get(place, f"the {place}")
-    said = " ".join(wording.format(where=where, how=how, How=how.capitalize()).replace(" ,", ",").replace(": .", ".").replace(", in density", "").split())
+    wordings = WORDINGS["" if math.isnan(severity) and finding in FINDINGS else finding]
+    how = next((word for most, word in DEGREES if severity < most), "")
+    where = {"": "the chest", "both lungs": "both lungs"}.get(place, f"the {place}")
+    said = wordings[rng.integers(len(wordings))].format(where=where, how=how, How=how.capitalize(), Where=where.capitalize(), name=FINDINGS[finding].name if finding in FINDINGS else "")
     return said[0].upper() + said[1:]
 
 # %% ../../nbs/40_cxr_data.ipynb #e1cf7dec
@@ -361,7 +363,7 @@ def shadow_of(
     return total * body
 
 # %% ../../nbs/40_cxr_data.ipynb #615a6ecb
-SLOTS = 12     # even chances kept for findings, from this one on: nothing else uses them
+SLOTS = 12     # even chances from this one on are kept for findings: nothing else uses them
 
 def side_of(
     places: Sequence[str],
@@ -380,11 +382,18 @@ def spot(
     wall = q["wide"] * (1 - high**2.6).clamp(min=0).sqrt()
     return side * (0.16 + across * (wall - 0.16)), y
 
-def chance(t: Thorax, k: int, low: float = 0.0, high: float = 1.0) -> torch.Tensor:
+def chance(
+    t: Thorax,
+    k: int,              # which of the chances kept for findings
+    low: float = 0.0,
+    high: float = 1.0,
+) -> torch.Tensor:
     "Even chance number k of each person, (n, 1, 1), in low...high."
     return torch.as_tensor(low + (high - low) * t.u[:, SLOTS + k], dtype=torch.float32)[:, None, None]
 
-def dose(severity: np.ndarray) -> torch.Tensor:
+def dose(
+    severity: np.ndarray,   # (n,) 0...1
+) -> torch.Tensor:
     "(n, 1, 1): nothing at severity 0, 1 at 1; a square root, for an eye sees little of the last half."
     return torch.as_tensor(np.sqrt(severity), dtype=torch.float32)[:, None, None]
 
@@ -580,6 +589,14 @@ def simulate_films(
     return ChestSet(films, labels, places, severity, np.array(reports, dtype=str), patients, lungs, lesions, healthy)
 
 # %% ../../nbs/40_cxr_data.ipynb #3719be39
+def some_people(
+    t: Thorax,
+    rows: np.ndarray,   # row numbers
+) -> Thorax:
+    "Some of the people."
+    pick = lambda value: value[rows] if isinstance(value, (torch.Tensor, np.ndarray)) else {name: each[rows] for name, each in value.items()}
+    return Thorax(*(pick(getattr(t, name)) for name in Thorax.__dataclass_fields__))
+
 def develop(
     p: Mapping[str, np.ndarray], size: int, codes: np.ndarray, places: np.ndarray, severity: np.ndarray,   # people, pixels, and (n,) each
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -588,9 +605,7 @@ def develop(
     change = torch.zeros_like(t.shadow)
     for code in sorted(set(codes) - {"normal"}):
         rows = np.flatnonzero(codes == code)
-        pick = lambda value: value[rows] if isinstance(value, (torch.Tensor, np.ndarray)) else {name: each[rows] for name, each in value.items()}
-        some = Thorax(*(pick(getattr(t, name)) for name in Thorax.__dataclass_fields__))
-        change[rows] = PAINTERS[code](some, list(places[rows]), severity[rows])
+        change[rows] = PAINTERS[code](some_people(t, rows), list(places[rows]), severity[rows])
     change = torch.where(change.abs() > FAINT, change, 0.0)
     noise = torch.from_numpy(np.stack([rng.standard_normal((size, size), dtype=np.float32) for rng in p["rng"]])) * t.people["noise"]
     clean, sick = expose(t.shadow, t.people), expose(t.shadow + change, t.people)
@@ -702,7 +717,7 @@ def all_problems(
         return [problem]
     def opens(record: ChestRecord) -> None:
         load_film(record)
-    return rejected + gather([record for record in records if record.file.suffix.lower() in PICTURES], opens)[1]   # volumes are not ours
+    return rejected + gather([record for record in records if record.view != SLICES], opens)[1]
 
 # %% ../../nbs/40_cxr_data.ipynb #fab0b034
 QUANTILES = (0.005, 0.995)   # of a film, become -1 and 1: letters, pacemakers and black margins must not decide
@@ -843,6 +858,7 @@ def check_covid_radiography(root: str | Path) -> list[BadRecord]:
 # %% ../../nbs/40_cxr_data.ipynb #0df92f7d
 VIEWS = {"PA": "PA", "AP": "AP", "AP Supine": "AP supine", "AP Erect": "AP erect", "L": "lateral", "Lateral": "lateral", "Axial": "axial", "Coronal": "coronal"}
 VIRUSES = ("SARS", "MERS-CoV", "MERS", "Influenza", "H1N1", "Varicella", "Herpes", "Viral")   # as the table spells them: viral, and not COVID-19
+SLICES = "CT"        # the view of computed tomography: no film, so nobody opens it
 NOTHING_SAID = ("", "todo", "Unknown", "unknown")
 
 def labels_of_cohen(
@@ -899,7 +915,7 @@ def read_covid_chestxray(
             raise BadRecord(table, f"the row of {name}", "no patientid", "correct the row")
         flags = (("listed for several patients",) if len({each["patientid"] for each in several}) > 1 else ()) + (("listed twice",) if len(several) > 1 else ())
         film = row["modality"] in ("X-ray", "")
-        file, view = (one_file(table, name, found), VIEWS.get(row["view"], row["view"] or "unknown view")) if film else (base / (row.get("folder") or "images") / name, row["modality"])
+        file, view = (one_file(table, name, found), VIEWS.get(row["view"], row["view"] or "unknown view")) if film else (base / (row.get("folder") or "images") / name, SLICES)
         return ChestRecord(file, people[row["patientid"]], labels_of_cohen(row["finding"]), view,
                            masks.get(Path(name).stem), row, flags)
 
