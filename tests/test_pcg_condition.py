@@ -10,8 +10,8 @@ from torch_geometric.nn import SAGEConv
 from transformers import BertConfig, BertModel
 
 from medgen_nb.data import loader
-from medgen_nb.pcg.condition import (EDGES, HIDDEN, LEVELS, NODE, NODE_LEVEL, NODES, NOISY, STYLES, SUBSETS, ConditionFuser, GraphEncoder, TextEncoder,
-                                     adjacency, attributes_in, differentials, facts_of, hide_words, linear_probe, nodes_of, own_nodes, read_note, write_notes)
+from medgen_nb.pcg.condition import (EDGES, LEVELS, NODE, NODE_LEVEL, NODES, NOISY, STYLES, SUBSETS, ConditionFuser, GraphEncoder, TextEncoder,
+                                     adjacency, attributes_in, differentials, facts_of, linear_probe, nodes_of, own_nodes, read_note, write_notes)
 from medgen_nb.pcg.data import ATTRIBUTES, CONDITION, CONDITIONS, TIMINGS, attributes_of, simulate_sounds, typed
 from medgen_nb.training import FitConfig, fit
 
@@ -122,18 +122,6 @@ def test_own_nodes_and_levels(table):
     assert len(nodes_of(row())[0][0]) == 0
 
 
-def test_hide_words_as_bert_does():
-    torch.manual_seed(0)
-    ids = torch.randint(5, 100, (400, 40))
-    ids[:, 0] = 2
-    read, labels = hide_words(ids, special=[0, 1, 2, 3, 4], mask=4, size=100)
-    hidden = labels != -100
-    assert not hidden[:, 0].any() and hidden.any(1).all() and torch.equal(labels[hidden], ids[hidden]) and torch.equal(read[~hidden], ids[~hidden])
-    assert hidden[:, 1:].float().mean() == pytest.approx(HIDDEN, abs=0.01) and (read[hidden] == 4).float().mean() == pytest.approx(0.8, abs=0.03)
-    one = hide_words(torch.tensor([[2, 7, 3]]), [2, 3], 4, 100)[1]
-    assert one.tolist() == [[-100, 7, -100]]                     # the only word there is
-
-
 def test_text_embedding_is_the_mean_of_its_tokens(encoder, table):
     notes = [*write_notes(table[:40]), ("", "No murmur.", "")]
     vectors = encoder.embed(notes)
@@ -159,13 +147,6 @@ def test_text_encoder_learns_and_is_reproducible(table):
         losses.append([point["loss"] for point in training.history])
         vocabularies.append(encoder.tokenizer.get_vocab())
     assert losses[0] == losses[1] and losses[0][-1] < 0.9 * losses[0][0] and vocabularies[0] == vocabularies[1]
-
-
-def test_every_key_is_known(encoder):
-    "Letters and signs that no note used are spelled, not lost."
-    unknown = encoder.tokenizer.unk_token_id
-    assert unknown not in encoder.tokens(["4/6 HSM @ apx, q. quiz; (Zyx) 2-3 = 5% #!"])["input_ids"]
-    assert unknown in encoder.tokens(["\u5fc3"])["input_ids"] and len(encoder.tokenizer) <= 300
 
 
 def test_text_encoder_folders(encoder, table, tmp_path):

@@ -5,21 +5,18 @@
 # %% auto #0
 __all__ = ['LEVELS', 'STYLES', 'SUBSETS', 'LEVEL_OF', 'NOISY', 'PACE', 'NOISE', 'AGES', 'ROMAN', 'RATE_STEP', 'SPOKEN', 'WORDS',
            'OTHER_NAMES', 'SHORT', 'KINDS', 'NODES', 'NODE', 'NODE_LEVEL', 'CLEAR', 'RAISED', 'EDGES', 'JOINED',
-           'NUMBER', 'PATTERNS', 'AGE_WORDS', 'NEGATED', 'CUT', 'SPECIAL', 'KEYS', 'HIDDEN', 'AS_MASK', 'AS_RANDOM',
-           'AT_ONCE', 'GRAPHS_AT_ONCE', 'LEVEL_TOLD', 'LEAST_SPREAD', 'band', 'known', 'facts_of', 'edges_of',
-           'adjacency', 'differentials', 'age_and_sex', 'say', 'first_level', 'second_level', 'third_level',
-           'write_notes', 'dictionary', 'Found', 'find_facts', 'attributes_in', 'read_note', 'learn_vocabulary',
-           'hide_words', 'read_pretrained', 'TextReader', 'TextEncoder', 'linear_probe', 'nodes_of', 'own_nodes',
-           'GraphReader', 'GraphEncoder', 'Heard', 'ConditionParts', 'ConditionFuser']
+           'NUMBER', 'PATTERNS', 'AGE_WORDS', 'NEGATED', 'CUT', 'TextReader', 'GRAPHS_AT_ONCE', 'LEVEL_TOLD',
+           'LEAST_SPREAD', 'band', 'known', 'facts_of', 'edges_of', 'adjacency', 'differentials', 'age_and_sex', 'say',
+           'first_level', 'second_level', 'third_level', 'write_notes', 'dictionary', 'Found', 'find_facts',
+           'attributes_in', 'read_note', 'TextEncoder', 'linear_probe', 'nodes_of', 'own_nodes', 'GraphReader',
+           'GraphEncoder', 'Heard', 'ConditionParts', 'ConditionFuser']
 
 # %% ../../nbs/12_pcg_condition.ipynb #6a5d698a
 import math
 import re
-import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -31,13 +28,12 @@ from diffusers.configuration_utils import register_to_config
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import nn
 from torch_geometric.nn import DenseSAGEConv
-from transformers import AutoModel, AutoTokenizer, BertConfig, BertForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .data import ATTRIBUTES, CONDITION, CONDITIONS, EXTRAS, GRADES, INNOCENT, PITCHES, QUALITIES, SHAPES, SITES, TIMINGS, YEARS, typed
 from .vae import JUDGED, RATE_BOUNDS, SNR_BOUNDS
+from ..text import TextEncoder as PlainEncoder
 
 # %% ../../nbs/12_pcg_condition.ipynb #3c4ceadd
 LEVELS = ("demographics", "murmur", "diagnosis")      # L1, L2, L3 (paper, sec. III.A)
@@ -370,103 +366,8 @@ def read_note(
     return tuple(", ".join(part) for part in parts)
 
 # %% ../../nbs/12_pcg_condition.ipynb #376b708e
-SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")   # BERT's own tokens
-KEYS = string.ascii_lowercase + string.digits + string.punctuation   # known even if no note uses them: a prompt may
-HIDDEN = 0.15                     # share of words hidden (BERT, section 3.1)
-AS_MASK, AS_RANDOM = 0.8, 0.1     # of those: replaced by [MASK], by any token; the rest stays as it is (BERT, section 3.1)
-
-
-def learn_vocabulary(
-    texts: Sequence[str],  # to learn from
-    size: int,             # tokens at most
-) -> PreTrainedTokenizerFast:
-    """A WordPiece tokenizer without case, as BERT's. The same texts give the same vocabulary.
-
-    The library alone does not: it numbers inner letters ("##a") in the order of a hash table, and ties of counts go by number. So they are numbered beforehand."""
-    def tokenizer(vocabulary: dict[str, int]) -> Tokenizer:
-        made = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-        made.normalizer, made.pre_tokenizer, made.decoder = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
-        return made
-
-    first = tokenizer({})
-    letters = sorted({letter for text in [*texts, KEYS] for letter in first.normalizer.normalize_str(text)} - {" "})
-    known = [*SPECIAL, *letters, *(f"##{letter}" for letter in letters)]
-    first.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=size, special_tokens=known, show_progress=False))
-    final = tokenizer(first.get_vocab())
-    ends = [(token, final.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
-    final.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
-    return PreTrainedTokenizerFast(tokenizer_object=final, **{f"{name[1:-1].lower()}_token": name for name in SPECIAL})
-
-
-def hide_words(
-    ids: torch.Tensor,      # (b, tokens) int64
-    special: Sequence[int],  # ids that are never hidden
-    mask: int,              # id of [MASK]
-    size: int,              # of the vocabulary
-) -> tuple[torch.Tensor, torch.Tensor]:
-    "What the model reads, and what it should guess: (b, tokens) int64 each, -100 where nothing was hidden. At least one word of every text is hidden."
-    chance = torch.rand(ids.shape, device=ids.device).masked_fill(torch.isin(ids, torch.tensor(special, device=ids.device)), 2.0)
-    hidden = (chance <= chance.amin(1, keepdim=True).clamp_min(HIDDEN)) & (chance <= 1)
-    dice, anything = torch.rand(ids.shape, device=ids.device), torch.randint(size, ids.shape, device=ids.device)
-    read = torch.where(hidden & (dice < AS_MASK), mask, torch.where(hidden & (dice > 1 - AS_RANDOM), anything, ids))
-    return read, torch.where(hidden, ids, -100)
-
-# %% ../../nbs/12_pcg_condition.ipynb #f25adafa
-def read_pretrained(
-    name: str,    # of the hub, or a folder
-    kind: type,   # AutoModel, BertForMaskedLM, ...
-) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    "Tokenizer and model (float32, safetensors or not). Raises `ValueError` when they cannot be had."
-    try:
-        return AutoTokenizer.from_pretrained(name), kind.from_pretrained(name, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ValueError(f"the text encoder {name!r} cannot be had ({type(error).__name__}: {str(error).strip().splitlines()[0]}); check the name and the network, "
-                         "or name a folder that holds config.json, model.safetensors and the vocabulary") from None
-
-
-
-# %% ../../nbs/12_pcg_condition.ipynb #c288c403
-AT_ONCE = 256   # texts per pass when embedding
-
-
-class TextReader(nn.Module):
-    "Notes to vectors by any encoder that has a last hidden state."
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,  # with a padding token
-        model: PreTrainedModel,              # BertForMaskedLM, or any other encoder
-    ):
-        super().__init__()
-        self.tokenizer, self.model = tokenizer, model
-        self.width = model.config.hidden_size
-        self.longest = min(tokenizer.model_max_length, model.config.max_position_embeddings)   # tokens of one text
-
-    def tokens(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
-        "Texts as `input_ids` and `attention_mask`, (n, tokens) int64 each, padded; what is too long is cut."
-        read = self.tokenizer(list(texts), padding=True, truncation=True, max_length=self.longest, return_tensors="pt")
-        return {name: read[name] for name in ("input_ids", "attention_mask")}
-
-    @torch.no_grad()
-    def embed(self, notes: Sequence[tuple[str, str, str]]) -> torch.Tensor:
-        "Mean of the last hidden state over the tokens of each level, (n, 3, width) float32 on the CPU; zeros for an empty level."
-        texts = [text for note in notes for text in note]
-        each = sorted({text for text in texts if text}, key=lambda text: (len(text), text))    # equal texts once, like lengths together
-        vectors, was_training, device = [torch.zeros(1, self.width)], self.training, next(self.parameters()).device
-        self.eval()
-        for start in range(0, len(each), AT_ONCE):
-            read = {name: tensor.to(device) for name, tensor in self.tokens(each[start : start + AT_ONCE]).items()}
-            state, mask = self.model.base_model(**read).last_hidden_state, read["attention_mask"][..., None]   # (b, tokens, width), (b, tokens, 1)
-            vectors.append(((state * mask).sum(1) / mask.sum(1)).float().cpu())
-        self.train(was_training)
-        place = {"": 0} | {text: 1 + k for k, text in enumerate(each)}
-        return torch.cat(vectors)[[place[text] for text in texts]].reshape(len(notes), len(LEVELS), self.width)
-
-
-
-# %% ../../nbs/12_pcg_condition.ipynb #9d4b1193
-class TextEncoder(TextReader):
-    "A BERT and its vocabulary: `TextEncoder.fresh` is trained with `fit` on rows of `table(notes)`."
+class TextEncoder(PlainEncoder):
+    "A BERT that reads notes level by level; all else is `medgen_nb.text.TextEncoder`, which reads texts."
 
     @classmethod
     def fresh(
@@ -479,37 +380,18 @@ class TextEncoder(TextReader):
         longest: int,     # tokens of a text at most
     ) -> "TextEncoder":
         "An untrained encoder. The same notes give the same vocabulary."
-        tokenizer = learn_vocabulary([text for note in notes for text in note if text], vocabulary)
-        config = BertConfig(vocab_size=len(tokenizer), hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads, intermediate_size=4 * width,
-                            max_position_embeddings=longest, pad_token_id=tokenizer.pad_token_id)
-        return cls(tokenizer, BertForMaskedLM(config))
+        return super().fresh([text for note in notes for text in note], vocabulary, width, depth, heads, longest)
 
-    @classmethod
-    def load(cls, folder: str | Path) -> "TextEncoder":
-        "What `save` wrote. Raises `ValueError` when it is not there."
-        return cls(*read_pretrained(str(folder), BertForMaskedLM))
-
-    @classmethod
-    def from_hub(cls, name: str) -> "TextEncoder":
-        "Any encoder of the hub by name, or in a folder, e.g. 'emilyalsentzer/Bio_ClinicalBERT'. Raises `ValueError` when it cannot be had."
-        return cls(*read_pretrained(name, AutoModel))
-
-    def save(self, folder: str | Path) -> None:
-        "Weights (safetensors), vocabulary and configs in Hugging Face's layout."
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+    def embed(self, notes: Sequence[tuple[str, str, str]]) -> torch.Tensor:
+        "Mean of the last hidden state over the tokens of each level, (n, 3, width) float32 on the CPU; zeros for an empty level."
+        return super().embed([text for note in notes for text in note]).reshape(len(notes), len(LEVELS), self.width)
 
     def table(self, notes: Sequence[tuple[str, str, str]]) -> dict[str, torch.Tensor]:
         "All texts of these notes that say something, each a row to train on: see `tokens`."
-        return self.tokens([text for note in notes for text in note if text])
+        return super().table([text for note in notes for text in note])
 
-    def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        "Cross-entropy of hidden words, nats each, of rows of `table`. Raises `ValueError` for a model without a head for words."
-        if not isinstance(self.model, BertForMaskedLM):
-            raise ValueError(f"{type(self.model).__name__} cannot guess hidden words: train an encoder made by TextEncoder.fresh or TextEncoder.load")
-        mask = batch["attention_mask"][:, : int(batch["attention_mask"].sum(1).max())]       # no more padding than this batch needs
-        read, hidden = hide_words(batch["input_ids"][:, : mask.shape[1]], self.tokenizer.all_special_ids, self.tokenizer.mask_token_id, self.model.config.vocab_size)
-        return self.model(input_ids=read, attention_mask=mask, labels=hidden).loss
+
+TextReader = TextEncoder   # the pipeline reads and does not train
 
 # %% ../../nbs/12_pcg_condition.ipynb #7b557f72
 def linear_probe(
