@@ -7,7 +7,7 @@ __all__ = ['CHUNK', 'WALK', 'BETAS', 'mean_difference', 'in_chunks', 'device_of'
            'last_convolution', 'gradcam', 'integrated_gradients', 'unpaired', 'slope_penalty', 'VaGanCritic',
            'highest_price', 'Repairs', 'VaGan', 'without_momentum']
 
-# %% ../../nbs/43_cxr_baselines.ipynb #5d4b4984
+# %% ../../nbs/43_cxr_baselines.ipynb #0f12fbe5
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..autoencoder import ConvBlock
 
-# %% ../../nbs/43_cxr_baselines.ipynb #4c4f1cfc
+# %% ../../nbs/43_cxr_baselines.ipynb #496845fa
 def mean_difference(
     x: Tensor,       # films (n, 1, h, w) in -1...1
     normal: Tensor,  # mean of the normal films for training, (1, 1, h, w)
@@ -28,7 +28,7 @@ def mean_difference(
     "Film minus mean normal film: the floor of all maps."
     return (x - normal)[:, 0]
 
-# %% ../../nbs/43_cxr_baselines.ipynb #7c85fedf
+# %% ../../nbs/43_cxr_baselines.ipynb #b1920583
 CHUNK = 64   # films that a network sees at once: memory
 
 
@@ -50,7 +50,7 @@ def device_of(
     weights = model.parameters() if isinstance(model, nn.Module) else iter(())
     return next((p.device for p in weights), torch.device("cpu"))
 
-# %% ../../nbs/43_cxr_baselines.ipynb #d75b2de6
+# %% ../../nbs/43_cxr_baselines.ipynb #f32ab1da
 def autoencoder_difference(
     autoencoder: object,                       # has to_latent and from_latent (notebook 04), or is called: films -> films
     x: Tensor,                                 # (n, 1, h, w) in -1...1
@@ -68,7 +68,7 @@ def autoencoder_difference(
     with torch.no_grad():
         return in_chunks(difference, x)
 
-# %% ../../nbs/43_cxr_baselines.ipynb #81c0e671
+# %% ../../nbs/43_cxr_baselines.ipynb #683a8be1
 @contextmanager
 def questioned(
     classifier: nn.Module,  # its weights stay as they are
@@ -93,7 +93,7 @@ def last_convolution(
         raise ValueError(f"{type(classifier).__name__} has no convolution, so Grad-CAM has nothing to look at: name a layer that keeps places")
     return found[-1]
 
-# %% ../../nbs/43_cxr_baselines.ipynb #04b3b461
+# %% ../../nbs/43_cxr_baselines.ipynb #a5f23ea9
 def gradcam(
     classifier: nn.Module,           # films (b, 1, h, w) -> logits (b, F); not the judge of the metrics
     x: Tensor,                       # (n, 1, h, w) in -1...1
@@ -111,7 +111,7 @@ def gradcam(
     with questioned(classifier):
         return in_chunks(look, x)
 
-# %% ../../nbs/43_cxr_baselines.ipynb #ec70c343
+# %% ../../nbs/43_cxr_baselines.ipynb #5fda34df
 WALK = 32   # points on the way from the baseline (captum's own number is 50)
 
 
@@ -134,7 +134,7 @@ def integrated_gradients(
     with questioned(classifier):
         return in_chunks(look, x)
 
-# %% ../../nbs/43_cxr_baselines.ipynb #a5872a57
+# %% ../../nbs/43_cxr_baselines.ipynb #dfe04b60
 def unpaired(
     films: Tensor,    # diseased, (n, 1, h, w)
     healthy: Tensor,  # of other people, (m, 1, h, w)
@@ -147,7 +147,7 @@ def unpaired(
     order = lambda n: torch.cat([torch.randperm(n, generator=generator) for _ in range(-(-rows // n))])[:rows]
     return {"x": films[order(len(films))], "healthy": healthy[order(len(healthy))]}
 
-# %% ../../nbs/43_cxr_baselines.ipynb #13a2b0f3
+# %% ../../nbs/43_cxr_baselines.ipynb #ae9c4dc9
 def slope_penalty(
     critic: Callable[[Tensor], Tensor],  # films (b, 1, h, w) -> scores (b,)
     real: Tensor,                        # (b, 1, h, w)
@@ -160,7 +160,7 @@ def slope_penalty(
         slope, = torch.autograd.grad(critic(between).sum(), between, create_graph=True)
         return (slope.flatten(1).norm(dim=1) - 1).square().mean()
 
-# %% ../../nbs/43_cxr_baselines.ipynb #2332dd50
+# %% ../../nbs/43_cxr_baselines.ipynb #18bee37a
 class VaGanCritic(ModelMixin, ConfigMixin):
     "One score per film, high for healthy; no norms, as the penalty is each film's own. Its `loss` is the adversary's side of `fit`."
 
@@ -193,7 +193,7 @@ class VaGanCritic(ModelMixin, ConfigMixin):
             made = batch["x"] + model(batch["x"])
         return self(made).mean() - self(batch["healthy"]).mean() + self.config.penalty * slope_penalty(self, batch["healthy"], made)
 
-# %% ../../nbs/43_cxr_baselines.ipynb #ddf4ccd9
+# %% ../../nbs/43_cxr_baselines.ipynb #d940019e
 def highest_price(
     size: int,     # pixels along a side
     share: float,  # of the film that the lesion covers, above 0 and at most 1
@@ -203,7 +203,7 @@ def highest_price(
         raise ValueError(f"a lesion covers a share above 0 and up to 1 of a film with at least one pixel, got size {size} and share {share}")
     return size / share**0.5
 
-# %% ../../nbs/43_cxr_baselines.ipynb #85dde3f0
+# %% ../../nbs/43_cxr_baselines.ipynb #0be47501
 class Repairs(nn.Module):
     "A change to a film by a U-Net; the parts come from `VaGan`."
 
@@ -223,7 +223,7 @@ class Repairs(nn.Module):
             h = merge(torch.cat([up(h), skip], 1))    # (b, width before, double, double)
         return torch.tanh(self.read_out(h))           # (b, 1, h, w)
 
-# %% ../../nbs/43_cxr_baselines.ipynb #ea74578a
+# %% ../../nbs/43_cxr_baselines.ipynb #85f44c0d
 class VaGan(Repairs, ModelMixin, ConfigMixin):
     "Learns what to add so that a diseased film looks healthy (Baumgartner et al. 2018). Train with `fit(..., adversary=VaGanCritic(...))`."
 
@@ -260,7 +260,7 @@ class VaGan(Repairs, ModelMixin, ConfigMixin):
         "x - x_healthy, a few films at a time. Raises `ValueError` as `forward` and `in_chunks`."
         return in_chunks(lambda part: -self(part.to(device_of(self)))[:, 0], x)
 
-# %% ../../nbs/43_cxr_baselines.ipynb #39a45b22
+# %% ../../nbs/43_cxr_baselines.ipynb #106b4530
 BETAS = (0.0, 0.9)   # of Adam, both players (released code): no momentum, for the other player moves too
 
 
