@@ -113,7 +113,7 @@ class Config:
     segmenter_fit: FitConfig = field(default_factory=lambda: FitConfig(steps=500, batch_size=16, lr=6e-3, warmup=20, weight_decay=0.01, ema=0.98, save_every=100))
     reader_fit: FitConfig = field(default_factory=lambda: FitConfig(steps=600, batch_size=16, lr=4e-3, warmup=20, weight_decay=0.01, ema=0.98, save_every=100))
     eye_fit: FitConfig = field(default_factory=lambda: FitConfig(steps=300, batch_size=16, lr=3e-3, warmup=20, ema=0.0, save_every=100))
-    vae_fit: FitConfig = field(default_factory=lambda: FitConfig(steps=200, batch_size=8, lr=2e-3, warmup=30, ema=0.98, save_every=100))
+    vae_fit: FitConfig = field(default_factory=lambda: FitConfig(steps=600, batch_size=8, lr=2e-3, warmup=30, ema=0.98, save_every=100))
     reports_fit: FitConfig = field(default_factory=lambda: FitConfig(steps=4_000, batch_size=512, lr=2e-3, warmup=50, ema=0.0, precision="fp32", save_every=500))
     fit: FitConfig = field(default_factory=lambda: FitConfig(steps=3_000, batch_size=16, lr=1e-3, warmup=50, weight_decay=0.01, ema=0.995, precision="bf16", save_every=100))   # bf16: 1.6 times as fast on our CPU, too near to auto's bound to be left to it
     pretrain_fit: FitConfig = field(default_factory=lambda: FitConfig(steps=400, batch_size=16, lr=2e-3, warmup=20, weight_decay=0.01, ema=0.97, save_every=100))
