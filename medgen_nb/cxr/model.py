@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, SchedulerMixin, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, ModelMixin, SchedulerMixin, UNet2DConditionModel
 from torch import nn
 
 # %% ../../nbs/41_cxr_model.ipynb #267c86d6
@@ -26,7 +26,7 @@ from ..text import TextEncoder
 KL_WEIGHT = 1e-6   # of the KL in nats per film against the error per pixel (Rombach et al. 2022, appendix G: 1e-6; ours puts both per film)
 
 
-class FilmVae(AutoencoderKL):
+class FilmVae(AutoencoderKL, ModelMixin):   # ModelMixin, which AutoencoderKL is already, has to be a name of this module: a saved pipeline looks for it here
     "diffusers' `AutoencoderKL` with a loss, for grey films. Loads Stable Diffusion's `vae` folder too."
 
     def loss(
