@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, ModelMixin, SchedulerMixin, 
 from torch import nn
 
 # %% ../../nbs/41_cxr_model.ipynb #267c86d6
-from .data import FINDINGS, ChestSet, prompt_of
+from .data import FINDINGS
 from ..diffusion import Predict, diffusion_loss, guide, sample
 from ..text import TextEncoder
 
@@ -247,12 +247,11 @@ def draw_films(
 def tuning_table(
     artist: Artist,                        # its reader
     z: torch.Tensor,                       # (n, latent, h, w) latents of the few films
-    films: ChestSet,                       # the few films: what they show and where
+    prompts: Sequence[str],                # (n,) their short prompts
     prior: tuple[torch.Tensor, Sequence[str]] | None = None,   # latents drawn before tuning, and their prompts
     prior_weight: float = 1.0,             # of those in the loss
 ) -> dict[str, torch.Tensor]:
     "Rows for tuning: films with their short prompts, and drawn ones beside them (Ruiz et al. 2022, equation 2; theirs pairs one with one, ours mixes)."
-    prompts = [prompt_of(str(code), str(place)) for code, place in zip(films.main, films.places)]
     if prior is None: return artist.table(z, prompts)
     told = artist.read([*prompts, *prior[1]])
     weight = torch.cat([torch.ones(len(z)), torch.full((len(prior[0]),), float(prior_weight))])
