@@ -128,7 +128,7 @@ def test_only_the_lesion_may_change(ill):
 def test_classifier_contract(classifier, people, tmp_path):
     said = classifier.predict(people.x)
     assert list(said) == list(FINDINGS) and said.shape == (len(people), 7) and said.to_numpy().min() > 0 and said.to_numpy().max() < 1
-    assert embeddings(classifier, people.x[:5]).shape == (5, 12)
+    assert embeddings(classifier, people.x[:5]).shape == (5, 12 + 7)
     assert np.allclose(classifier.predict(people.x[3:6]), said.iloc[3:6], atol=1e-5)                 # films do not change each other
     assert np.allclose(classifier.predict(0.5 * people.x + 0.2), said, atol=1e-4)                    # nor do brightness and contrast
     classifier.save_pretrained(tmp_path)
