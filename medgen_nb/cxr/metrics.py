@@ -6,11 +6,11 @@
 __all__ = ['FILMS_AT_ONCE', 'RANGE', 'SPREAD', 'WINDOW', 'SCALES', 'MARGIN', 'SHIFT', 'WOBBLE', 'SOFTEST', 'HISS', 'SPOT',
            'STANDS', 'LEAST', 'GRID', 'RARE', 'CALLED', 'TOLERANCE', 'RULES', 'as_films', 'pair', 'ssim',
            'ms_ssim_weights', 'ms_ssim', 'outside', 'ssim_outside', 'soften', 'vary', 'through', 'embeddings',
-           'Classifier', 'table_of', 'finding_auroc', 'abnormal_probability', 'flip_rate', 'FixedNet', 'Distance',
-           'distance_to_real', 'fid_star', 'fid_by_class', 'as_maps', 'pixel_auroc', 'pixel_auprc', 'best_dice',
-           'dice_at', 'choose_threshold', 'pointing', 'ncc', 'prior_maps', 'Localisation', 'macro_mean', 'localisation',
-           'LungOverlap', 'lung_overlap', 'Induction', 'induction', 'box_around', 'Rule', 'map_strength',
-           'normal_ratio', 'alarms']
+           'look_at', 'Classifier', 'table_of', 'finding_auroc', 'abnormal_probability', 'flip_rate', 'FixedNet',
+           'Distance', 'distance_to_real', 'fid_star', 'fid_by_class', 'as_maps', 'pixel_auroc', 'pixel_auprc',
+           'best_dice', 'dice_at', 'choose_threshold', 'pointing', 'ncc', 'prior_maps', 'Localisation', 'macro_mean',
+           'localisation', 'LungOverlap', 'lung_overlap', 'Induction', 'induction', 'box_around', 'Rule',
+           'map_strength', 'normal_ratio', 'alarms']
 
 # %% ../../nbs/44_cxr_metrics.ipynb #4948f39c
 from collections.abc import Callable, Mapping, Sequence
@@ -167,11 +167,24 @@ def embeddings(
 
 # %% ../../nbs/44_cxr_metrics.ipynb #3a15dafb
 SPOT = (3, 7)   # pixels: small minus wide mean is what stands out like a small nodule (ours)
-STANDS = 0.12   # typical size of that, in spreads of the film: brings both to one scale (measured on simulated films)
+STANDS = 0.22   # spread of that on normal films, in spreads of the film (measured on simulated films): brings both to one scale
 LEAST = 0.05    # spread of grey values below which a film counts as flat
 GRID = 4        # places along each side in which large things are looked for
 RARE = -2.4     # logit of 8 in 100: findings start as rare as they are
 
+def look_at(
+    x: torch.Tensor,  # (n, 1, h, w)
+    shrink: int,      # squares of so many pixels become channels
+) -> torch.Tensor:
+    "What a judge looks at, (n, 2 shrink^2 + 2, h / shrink, w / shrink): the film at its own brightness and contrast, what stands out, and where each place is. Raises `ValueError` when `shrink` does not divide the size."
+    if x.ndim != 4 or x.shape[1] != 1 or x.shape[2] % shrink or x.shape[3] % shrink:
+        raise ValueError(f"films (n, 1, h, w) with sides that {shrink} divides are wanted, got {tuple(x.shape)}; resample them")
+    x = (x - x.mean((2, 3), keepdim=True)) / x.std((2, 3), keepdim=True).clamp(min=LEAST)
+    x = F.pixel_unshuffle(torch.cat([x, (soften(x, SPOT[0]) - soften(x, SPOT[1])) / STANDS], 1), shrink)
+    place = torch.meshgrid(*(torch.linspace(-1, 1, k, device=x.device, dtype=x.dtype) for k in x.shape[2:]), indexing="ij")
+    return torch.cat([x, torch.stack(place).expand(len(x), -1, -1, -1)], 1)
+
+# %% ../../nbs/44_cxr_metrics.ipynb #92e7c546
 class Classifier(ModelMixin, ConfigMixin):
     "Which findings does a film show? A small residual net with a way for large things, that have a place, and one for spots, that may be anywhere (ours)."
 
@@ -184,7 +197,7 @@ class Classifier(ModelMixin, ConfigMixin):
         features: int,              # numbers that tell of large things
     ):
         super().__init__()
-        self.enter = nn.Conv2d(2 * shrink**2 + 2, widths[0], 3, padding=1)                              # the film, what stands out, and two channels that say where
+        self.enter = nn.Conv2d(2 * shrink**2 + 2, widths[0], 3, padding=1)
         self.blocks = nn.ModuleList(ConvBlock(width, 2) for width in widths)
         self.down = nn.ModuleList(nn.Conv2d(a, b, 3, 2, 1) for a, b in pairwise(widths))
         self.first, self.spots = group_norm(widths[0]), nn.Conv2d(widths[0], len(findings), 1)
@@ -193,13 +206,8 @@ class Classifier(ModelMixin, ConfigMixin):
         nn.init.constant_(self.spots.bias, RARE)
 
     def embed(self, x: torch.Tensor) -> torch.Tensor:
-        "Features (n, features + findings) before the last layer, of films (n, 1, h, w). Raises `ValueError` when `shrink` does not divide their size."
-        if x.ndim != 4 or x.shape[1] != 1 or x.shape[2] % self.config.shrink or x.shape[3] % self.config.shrink:
-            raise ValueError(f"films (n, 1, h, w) with sides that {self.config.shrink} divides are wanted, got {tuple(x.shape)}; resample them")
-        x = (x - x.mean((2, 3), keepdim=True)) / x.std((2, 3), keepdim=True).clamp(min=LEAST)           # brightness and contrast are the scanner's
-        x = F.pixel_unshuffle(torch.cat([x, (soften(x, SPOT[0]) - soften(x, SPOT[1])) / STANDS], 1), self.config.shrink)
-        place = torch.meshgrid(*(torch.linspace(-1, 1, k, device=x.device, dtype=x.dtype) for k in x.shape[2:]), indexing="ij")
-        x = self.blocks[0](self.enter(torch.cat([x, torch.stack(place).expand(len(x), -1, -1, -1)], 1)))  # (n, widths[0], h / shrink, w / shrink)
+        "Features (n, features + findings) before the last layer, of films (n, 1, h, w). Raises `ValueError` as `look_at`."
+        x = self.blocks[0](self.enter(look_at(x, self.config.shrink)))                                  # (n, widths[0], h / shrink, w / shrink)
         spots = self.spots(F.silu(self.first(x))).amax((2, 3))                                          # (n, findings): the place that speaks loudest
         for down, block in zip(self.down, self.blocks[1:]):
             x = block(down(x))
