@@ -206,4 +206,4 @@ def test_broken_real_data_is_named_file_by_file(place, tmp_path):
 def test_list_tells_rooms_runs_and_data_sets(place):
     result = medgen(place, "list")
     assert result.returncode == 0 and all(word in result.stdout for word in ("ehr", "mimic3", "full-attention", "teach"))
-    assert medgen(place, "list", "--names").stdout.split() == ["pcg", "cmr", "ehr", "ecg"]
+    assert medgen(place, "list", "--names").stdout.split() == ["pcg", "cmr", "ehr", "cxr", "ecg"]

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['HEALTHY', 'MODES', 'AT_ONCE', 'BLUR', 'SIDE', 'DIFFERENCE', 'GREY', 'find_noise', 'counterfactual', 'Attribution',
-           'smooth_map', 'quiet_level', 'blend_outside', 'induce', 'ChestParts', 'MapWriter', 'VALDPipeline']
+           'smooth_map', 'quiet_level', 'blend_outside', 'induce', 'ChestParts', 'FilmReader', 'MapWriter',
+           'VALDPipeline']
 
 # %% ../../nbs/42_cxr_counterfactual.ipynb #482d8618
 import json
@@ -187,8 +188,14 @@ class ChestParts(DiffusionPipeline):
         self.register_modules(vae=vae, unet=unet, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler, classifier=classifier)
         self.register_to_config(words=words, threshold=threshold, strength=strength, guidance=guidance)
 
+
+
+# %% ../../nbs/42_cxr_counterfactual.ipynb #9326b516
+class FilmReader(ChestParts):
+    "From files and arrays to films."
+
     @classmethod
-    def from_pretrained(cls, folder: str | Path, **settings) -> "ChestParts":
+    def from_pretrained(cls, folder: str | Path, **settings) -> "FilmReader":
         "A saved pipeline, in float32, also where half precision was saved."
         pipeline = super().from_pretrained(folder, **settings)
         for part in (pipeline.vae, pipeline.unet, pipeline.text_encoder, pipeline.classifier):
@@ -215,8 +222,8 @@ class ChestParts(DiffusionPipeline):
             raise ValueError(f"films {tuple(x.shape[2:])} with values {x.min():.2f}...{x.max():.2f}: this model takes {size} x {size} in -1...1; give a file, or resample and window the films (medgen_nb.cxr.data)")
         return x
 
-# %% ../../nbs/42_cxr_counterfactual.ipynb #9326b516
-class MapWriter(ChestParts):
+# %% ../../nbs/42_cxr_counterfactual.ipynb #1baa7539
+class MapWriter(FilmReader):
     "From maps to files."
 
     def write(

@@ -135,7 +135,7 @@ class ChestSet:
     def normal(self) -> np.ndarray:
         "(n,) bool: something is known, and nothing is found."
         known = self.labels.notna().any(axis=1)
-        return (known & ~(self.labels == 1).any(axis=1)).to_numpy()
+        return (known & ~(self.labels == 1).any(axis=1)).to_numpy(copy=True)     # pandas lends its own read-only
 
     @property
     def main(self) -> np.ndarray:

@@ -17,7 +17,7 @@ import pandas as pd
 # %% ../../nbs/45_cxr_run.ipynb #1e014e39
 from .counterfactual import VALDPipeline
 from .data import (FINDINGS, ChestSet, check_chexpert, check_covid_chestxray, check_covid_radiography, check_nih, prepare, prompt_of, read_chexpert, read_covid_chestxray, read_covid_radiography,
-                                read_nih, report_of, simulate_films, simulate_vagan)
+                                read_nih, simulate_films, simulate_vagan)
 from ..data import split_by_patient
 from ..experiments import Ablation, Reader, override
 from ..training import FitConfig
@@ -59,7 +59,7 @@ class ModelConfig:
 @dataclass(frozen=True)
 class JudgeConfig:
     "Counterfactuals and evaluation."
-    method: Literal["vald", "va-gan", "autoencoder", "grad-cam", "integrated-gradients", "mean-difference"] = "vald"   # where maps come from
+    method: Literal["vald", "va-gan", "autoencoder", "grad-cam", "integrated-gradients", "mean-difference", "usual-place"] = "vald"   # where maps come from
     strength: float = 0.4      # share of the way to noise (unspecified)
     guidance: float = 4.0      # scale (unspecified)
     steps: int = 20            # of the whole way
@@ -84,7 +84,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
-    judge_fit: FitConfig = field(default_factory=lambda: FitConfig(steps=1_000, batch_size=32, lr=4e-3, warmup=20, weight_decay=0.01, ema=0.98, precision="fp32", save_every=200))
+    judge_fit: FitConfig = field(default_factory=lambda: FitConfig(steps=700, batch_size=32, lr=4e-3, schedule="constant", warmup=20, weight_decay=0.01, ema=0.98, precision="fp32", save_every=100))
     vae_fit: FitConfig = field(default_factory=lambda: FitConfig(steps=1_500, batch_size=8, lr=2e-3, warmup=50, ema=0.99, precision="bf16", save_every=300))
     text_fit: FitConfig = field(default_factory=lambda: FitConfig(steps=400, batch_size=64, lr=2e-3, warmup=20, ema=0.95, precision="fp32", save_every=200))
     base_fit: FitConfig = field(default_factory=lambda: FitConfig(steps=2_500, batch_size=16, lr=1.5e-3, warmup=50, weight_decay=0.01, ema=0.99, precision="fp32", save_every=250))
@@ -118,7 +118,7 @@ MAPS = LEAN | {"judge.induce": 0}
 
 ABLATIONS = {
     "base": Ablation({}, "X1 to X4: the paper's method, everything measured"),
-    **{f"{method}": Ablation(MAPS | {"judge.method": method}, "X3: another way to a map, from the same films") for method in ("va-gan", "autoencoder", "grad-cam", "integrated-gradients", "mean-difference")},
+    **{f"{method}": Ablation(MAPS | {"judge.method": method}, "X3: another way to a map, from the same films") for method in ("va-gan", "autoencoder", "grad-cam", "integrated-gradients", "mean-difference", "usual-place")},
     "text-random": Ablation(LEAN | {"model.text": "random"}, "X5: an encoder that never learned, frozen"),
     "labels": Ablation(LEAN | {"model.text": "label"}, "X5: labels instead of sentences"),
     "text-frozen": Ablation(LEAN | {"model.joint": False}, "X5: the encoder stays as it is while the rest is tuned"),
@@ -176,7 +176,7 @@ def join(
     arrays = {attribute: stack(attribute) for attribute in ("films", "places", "severity", "reports", "patients", "lungs", "lesions", "healthy")}
     return replace(sets[0], **arrays, labels=pd.concat([each.labels for each in sets], ignore_index=True))
 
-
+# %% ../../nbs/45_cxr_run.ipynb #310f5289
 def simulate(
     config: DataConfig,  # sizes and seeds
 ) -> Films:
