@@ -31,7 +31,7 @@ class DataConfig:
     each: int = 1_200          # simulated: films of each
     tune: int = 800            # films of our hospital to tune with
     test: int = 300            # films that are judged
-    judge: int = 3_000         # simulated: films of other people, for the judge; as many more for the witness, whom baselines ask
+    judge: int = 3_600         # simulated: films of other people, for the judge; as many more for the witness, whom baselines ask. A third of them shows nodules and normal lungs in turn
     size: int = 64             # pixels across
     population: int = 0        # simulated: our hospital
     seed: int = 0              # which people; the same for all seeds of a run, so that runs can be paired
@@ -186,8 +186,10 @@ def simulate(
         draw = lambda n, k: simulate_vagan(n, config.size, s + k)
         return Films(draw(config.each * config.hospitals, 1), draw(config.tune, 2), draw(config.test, 3), draw(config.judge, 4), draw(config.judge, 5))
     ours = lambda n, k: simulate_films(n, config.size, s + k, config.population)
+    few = config.judge // 3
+    pupils = lambda k: join([ours(config.judge - few, k), simulate_films(few, config.size, s + k + 10_000, config.population, np.array(["nodule", "normal"])[np.arange(few) % 2])])   # nodules are hardest to learn
     base = join([simulate_films(config.each, config.size, s + 1, hospital) for hospital in HOSPITALS[: config.hospitals]])
-    return Films(without_unseen(base), without_unseen(ours(config.tune, 2)), ours(config.test, 3), ours(config.judge, 4), ours(config.judge, 5))
+    return Films(without_unseen(base), without_unseen(ours(config.tune, 2)), ours(config.test, 3), pupils(4), pupils(5))
 
 
 def read_real(
