@@ -31,7 +31,7 @@ class DataConfig:
     each: int = 1_200          # simulated: films of each
     tune: int = 800            # films of our hospital to tune with
     test: int = 300            # films that are judged
-    judge: int = 3_600         # simulated: films of other people, for the judge; as many more for the witness, whom baselines ask. A third of them shows nodules and normal lungs in turn
+    judge: int = 3_000         # simulated: films of other people, for the judge; as many more for the witness, whom baselines ask. A third of them shows nodules and normal lungs in turn
     size: int = 64             # pixels across
     population: int = 0        # simulated: our hospital
     seed: int = 0              # which people; the same for all seeds of a run, so that runs can be paired
