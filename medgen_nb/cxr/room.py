@@ -103,7 +103,7 @@ FITS = ("judge_fit", "vae_fit", "text_fit", "base_fit", "tune_fit", "vagan_fit")
 SCALE_CHANGES = {
     "teach": {},
     "smoke": {"data.hospitals": 2, "data.each": 24, "data.tune": 32, "data.test": 24, "data.judge": 48, "data.size": 32, "model.vae": (8, 8), "model.unet": (8, 16), "model.heads": 2, "model.vocabulary": 200, "model.width": 16,
-              "model.depth": 1, "judge.steps": 4, "judge.strength": 0.5, "judge.draws": 2, "judge.induce": 4, "judge.curve": 4, "judge.vagan": (8, 8), "judge.vagan_critic": (8, 8), "judge.prior_films": 4, "judge.replicates": 10,
+              "model.depth": 1, "judge.strength": 0.2, "judge.draws": 2, "judge.induce": 4, "judge.curve": 4, "judge.vagan": (8, 8), "judge.vagan_critic": (8, 8), "judge.prior_films": 4, "judge.replicates": 10,
               **{f"{fit}.{key}": value for fit in FITS for key, value in {"steps": 10, "batch_size": 8, "warmup": 2, "save_every": 10, "ema": 0.5, "precision": "fp32"}.items()}},
     "demo": {"start": "pretrained", "data.each": 50, "data.tune": 200, "data.test": 80, "data.judge": 1_000, "judge.draws": 2, "judge.induce": 12, "judge.curve": 0, "judge.replicates": 50, "judge_fit.steps": 250, "tune_fit.steps": 20,
              "tune_fit.warmup": 5, "tune_fit.ema": 0.9, "tune_fit.save_every": 10},
