@@ -89,6 +89,20 @@ def test_generate_takes_phenotypes_by_name(place):
         assert result.returncode == 2 and said in result.stderr and not (place / "none").exists(), result.stderr
 
 
+def test_generate_takes_a_film(place):
+    from PIL import Image
+
+    from medgen_nb.cxr.data import simulate_films
+    film = simulate_films(1, 128, 3, findings="effusion").films[0]
+    Image.fromarray(((film + 1) * 127.5).astype("uint8")).save(place / "film.png")
+    result = medgen(place, "generate", "cxr", "-n", "2", "image=film.png", "num_steps=5", "seed=0", "--out", "maps")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert {file.name for file in (place / "maps").iterdir()} == {"film_000.png", "maps.npz", "probabilities.json"}
+    for wrong, said in (("image=nowhere.png", "cannot be read"), ("strength=high", "strength must be"), ("imge=film.png", "unknown key imge")):
+        result = medgen(place, "generate", "cxr", "image=film.png" if wrong[:5] == "stren" else wrong, *([wrong] if wrong[:5] == "stren" else []), "--out", "none")
+        assert result.returncode == 2 and said in result.stderr and not (place / "none").exists(), result.stderr
+
+
 def test_generate_writes_a_table_that_can_be_repeated(place, smoke):
     for name in ("one.csv", "two.csv"):
         result = medgen(place, "generate", "ehr", "--run", "smoke", "-n", "7", "--out", name, "seed=5", "num_inference_steps=3")

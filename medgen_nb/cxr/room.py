@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FITS', 'SCALE_CHANGES', 'LEAN', 'MAPS', 'ABLATIONS', 'READERS', 'Pipeline', 'UNSEEN', 'HOSPITALS', 'MEANING',
-           'DataConfig', 'ModelConfig', 'JudgeConfig', 'Config', 'Films', 'without_unseen', 'join', 'simulate',
-           'read_real', 'words_for', 'pairs_to_induce']
+           'DataConfig', 'ModelConfig', 'TuneConfig', 'JudgeConfig', 'Config', 'Films', 'without_unseen', 'join',
+           'simulate', 'read_real', 'words_for', 'pairs_to_induce']
 
 # %% ../../nbs/45_cxr_run.ipynb #05fd5102
 from dataclasses import dataclass, field, replace
@@ -57,6 +57,15 @@ class ModelConfig:
 
 # %% ../../nbs/45_cxr_run.ipynb #e9f70396
 @dataclass(frozen=True)
+class TuneConfig:
+    "Tuning in the manner of DreamBooth; the steps are `tune_fit`'s."
+    times: float = 1.0         # as many steps as `tune_fit` says, times this; 0: no tuning
+    share: float = 1.0         # of the tuning films that tuning sees (the autoencoder sees all)
+    prior: float = 0.0         # weight of the model's own films; 0: none (unspecified)
+    prior_films: int = 200     # how many
+
+# %% ../../nbs/45_cxr_run.ipynb #33b67f83
+@dataclass(frozen=True)
 class JudgeConfig:
     "Counterfactuals and evaluation."
     method: Literal["vald", "va-gan", "autoencoder", "grad-cam", "integrated-gradients", "mean-difference", "usual-place"] = "vald"   # where maps come from
@@ -70,19 +79,18 @@ class JudgeConfig:
     induce_strength: float = 0.9
     induce_guidance: float = 5.0
     curve: int = 35            # films for the curve of strength and guidance; 0: leave it out
-    prior: float = 0.0         # weight of the model's own films in tuning; 0: none (unspecified)
-    prior_films: int = 200     # how many
     vagan: tuple[int, ...] = (16, 32, 48)    # channels of VA-GAN's U-Net
     vagan_critic: tuple[int, ...] = (16, 32, 64)
     vagan_share: float = 0.23  # of the highest price of a change that can pay (released code: 100 at 112 pixels)
     replicates: int = 200      # bootstrap resamples
 
-# %% ../../nbs/45_cxr_run.ipynb #33b67f83
+# %% ../../nbs/45_cxr_run.ipynb #dd62063f
 @dataclass(frozen=True)
 class Config:
     "All hyper-parameters of a run of this room."
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     judge_fit: FitConfig = field(default_factory=lambda: FitConfig(steps=700, batch_size=32, lr=4e-3, schedule="constant", warmup=20, weight_decay=0.01, ema=0.98, precision="fp32", save_every=100))
     vae_fit: FitConfig = field(default_factory=lambda: FitConfig(steps=1_500, batch_size=8, lr=2e-3, warmup=50, ema=0.99, precision="bf16", save_every=300))
@@ -97,13 +105,13 @@ class Config:
         "The config of one scale."
         return override(cls(), SCALE_CHANGES[scale])
 
-# %% ../../nbs/45_cxr_run.ipynb #dd62063f
+# %% ../../nbs/45_cxr_run.ipynb #a2684eab
 FITS = ("judge_fit", "vae_fit", "text_fit", "base_fit", "tune_fit", "vagan_fit")
 
 SCALE_CHANGES = {
     "teach": {},
     "smoke": {"data.hospitals": 2, "data.each": 24, "data.tune": 32, "data.test": 24, "data.judge": 48, "data.size": 32, "model.vae": (8, 8), "model.unet": (8, 16), "model.heads": 2, "model.vocabulary": 200, "model.width": 16,
-              "model.depth": 1, "judge.strength": 0.2, "judge.draws": 2, "judge.induce": 4, "judge.curve": 4, "judge.vagan": (8, 8), "judge.vagan_critic": (8, 8), "judge.prior_films": 4, "judge.replicates": 10,
+              "model.depth": 1, "judge.strength": 0.2, "judge.draws": 2, "judge.induce": 4, "judge.curve": 4, "judge.vagan": (8, 8), "judge.vagan_critic": (8, 8), "tune.prior_films": 4, "judge.replicates": 10,
               **{f"{fit}.{key}": value for fit in FITS for key, value in {"steps": 10, "batch_size": 8, "warmup": 2, "save_every": 10, "ema": 0.5, "precision": "fp32"}.items()}},
     "demo": {"start": "pretrained", "data.each": 50, "data.tune": 200, "data.test": 80, "data.judge": 1_000, "judge.draws": 2, "judge.induce": 12, "judge.curve": 0, "judge.replicates": 50, "judge_fit.steps": 250, "tune_fit.steps": 20,
              "tune_fit.warmup": 5, "tune_fit.ema": 0.9, "tune_fit.save_every": 10},
@@ -112,7 +120,7 @@ SCALE_CHANGES = {
               "tune_fit.warmup": 0, "tune_fit.schedule": "constant", "tune_fit.ema": 0.0, "tune_fit.precision": "auto"},
 }
 
-# %% ../../nbs/45_cxr_run.ipynb #a2684eab
+# %% ../../nbs/45_cxr_run.ipynb #2d4ce195
 LEAN = {"judge.curve": 0}   # leave out what the run is not about
 MAPS = LEAN | {"judge.induce": 0}
 
@@ -127,12 +135,12 @@ ABLATIONS = {
     "inversion": Ablation(MAPS | {"judge.mode": "inversion", "judge.strength": 0.7}, "X2: noise that leads back to the film instead of drawn noise"),
     "one-draw": Ablation(MAPS | {"judge.draws": 1}, "X3: one draw instead of eight"),
     "unsmoothed": Ablation(MAPS | {"judge.smooth": False}, "X3: the bare difference"),
-    "finetune-none": Ablation(LEAN | {"tune_fit.steps": 1, "tune_fit.lr": 1e-9, "tune_fit.warmup": 0, "tune_fit.ema": 0.0}, "X7: the base model as it is"),
-    "finetune-quarter": Ablation(LEAN | {"tune_fit.steps": 200}, "X7: a quarter of the tuning"),
-    "finetune-4x": Ablation(LEAN | {"tune_fit.steps": 3_200}, "X7: four times the tuning"),
-    "images-half": Ablation(LEAN | {"data.tune": 400}, "X7: half of the films to tune with"),
-    "images-quarter": Ablation(LEAN | {"data.tune": 200}, "X7: a quarter of them"),
-    "prior": Ablation(LEAN | {"judge.prior": 1.0}, "X7: the model's own films mixed in (prior preservation)"),
+    "finetune-none": Ablation(LEAN | {"tune.times": 0.0}, "X7: the base model as it is"),
+    "finetune-quarter": Ablation(LEAN | {"tune.times": 0.25}, "X7: a quarter of the tuning"),
+    "finetune-4x": Ablation(LEAN | {"tune.times": 4.0}, "X7: four times the tuning"),
+    "images-half": Ablation(LEAN | {"tune.share": 0.5}, "X7: half of the films to tune with"),
+    "images-quarter": Ablation(LEAN | {"tune.share": 0.25}, "X7: a quarter of them"),
+    "prior": Ablation(LEAN | {"tune.prior": 1.0}, "X7: the model's own films mixed in (prior preservation)"),
     "squares": Ablation(MAPS | {"data.films": "squares"}, "X3: VA-GAN's own synthetic set"),
     "squares-va-gan": Ablation(MAPS | {"data.films": "squares", "judge.method": "va-gan"}, "X3: VA-GAN on its own set"),
     "fault-over-editing": Ablation(MAPS | {"judge.strength": 0.95, "judge.draws": 1}, "X8: hardly anything of the film is left"),
