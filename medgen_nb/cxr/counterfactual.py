@@ -21,13 +21,13 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDIMInverseScheduler, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
 from scipy.ndimage import gaussian_filter
-from torch import nn
 
 # %% ../../nbs/42_cxr_counterfactual.ipynb #42c95cca
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import as_window, crop_square, prompt_of, read_grey, shrink
+from .metrics import Classifier   # of notebook 44: a saved pipeline may hold one
 from .model import Artist, FilmVae
 from ..diffusion import Predict, abar_at, add_noise, revise
 from ..text import TextEncoder
@@ -178,7 +178,7 @@ class ChestParts(DiffusionPipeline):
         text_encoder: PreTrainedModel,        # BertForMaskedLM, or any other encoder
         tokenizer: PreTrainedTokenizerBase,
         scheduler: SchedulerMixin,
-        classifier: nn.Module | None = None,  # has `predict(x)`: probabilities before and after
+        classifier: Classifier | None = None,  # probabilities before and after
         words: str = "sentences",             # as `Artist`
         threshold: float = 0.1,               # of masked subtraction: `quiet_level` of healthy films
         strength: float = 0.5,                # what a call takes unless told otherwise
