@@ -653,6 +653,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'medgen_nb.cxr.room.Films': ('cxr_run.html#films', 'medgen_nb/cxr/room.py'),
                                     'medgen_nb.cxr.room.JudgeConfig': ('cxr_run.html#judgeconfig', 'medgen_nb/cxr/room.py'),
                                     'medgen_nb.cxr.room.ModelConfig': ('cxr_run.html#modelconfig', 'medgen_nb/cxr/room.py'),
+                                    'medgen_nb.cxr.room.TuneConfig': ('cxr_run.html#tuneconfig', 'medgen_nb/cxr/room.py'),
                                     'medgen_nb.cxr.room.join': ('cxr_run.html#join', 'medgen_nb/cxr/room.py'),
                                     'medgen_nb.cxr.room.pairs_to_induce': ('cxr_run.html#pairs_to_induce', 'medgen_nb/cxr/room.py'),
                                     'medgen_nb.cxr.room.read_real': ('cxr_run.html#read_real', 'medgen_nb/cxr/room.py'),
