@@ -76,7 +76,7 @@ class DenoiserConfig:
     rhythm: float = 4.0       # weight of a number of rhythm in the loss (ours); 1: like all others
     untold: float = 0.1       # chance that a level, or everything, is not told
     steps: int = 1_000        # T
-    kind: Literal["epsilon", "v_prediction", "sample"] = "v_prediction"   # what the network says; the paper speaks of noise, of which v is a linear function
+    kind: Literal["epsilon", "v_prediction", "sample"] = "v_prediction"   # what the network says; the paper speaks of noise; with z_t known, either gives the other
 
 # %% ../../nbs/16_pcg_run.ipynb #795aac89
 @dataclass(frozen=True)
@@ -214,6 +214,7 @@ MEANING = {
     "pds": "an attribute is changed in the note, its sub-space is taken from the new latent: share of changes heard, times share of other attributes that stay; 1 is best",
     "pds_whole": "the same when the whole new latent is taken (the notes' definition to the letter)",
     "pds_swap": "the same between true twins, through the autoencoder alone",
+    "pds_again": "the same for true twins that went through the autoencoder, nothing swapped",
     "pds_twins": "the same for the simulator's true twins: what the judging network allows",
     "pds_chance": "pds when every pair gets another pair's result",
     "mig": "mutual information gap of sub-spaces (linear lower bound)",
@@ -225,16 +226,17 @@ MEANING = {
     "cf_condition": "the same for the 17 conditions; chance 0.06",
     "cf_condition_ceiling": "the same on real test recordings",
     "grade_spearman": "rank correlation of the grade asked for and the murmur's level, mean over people",
-    "rate_change": "mean relative change of the heart rate while the grade goes up",
-    "s1s2_change_db": "mean change of the level of S1 and S2 while the grade goes up, dB",
+    "rate_change": "mean relative change of the heart rate from grade I to grades II to VI",
+    "s1s2_change_db": "mean change of the level of S1 and S2 from grade I to grades II to VI, dB",
     "mask_lag_error": "relative distance of the mask's peak between 0.4 and 1.6 s from the median time between beats",
     "mask_lag_p": "share of masks with shuffled lags that stand out as much",
+    "mask_lag_p_down": "the same for the mask upside down: near 0 when it is lowest at the beat",
     "plausibility": "share of generated recordings that break no rule; a proxy, no clinical validity",
     "plausibility_real": "the same for real test recordings",
     "rare_gain": "accuracy on rare conditions, real + synthetic minus real only, equal steps",
+    "rare_repeat": "the gain of repeating the few real recordings as often, without anything synthetic: what mere frequency does",
     "rare_real": "accuracy on rare conditions, trained on real recordings only",
-    "lambda_text": "weight of the text in the condition",
-    "lambda_graph": "weight of the graph in the condition",
+    **{f"lambda_{part}": f"weight of the {part} in the condition" for part in ("text", "graph")},
     "weight_spread": "largest difference between two conditions in the mean weight of one sub-space's head",
     "memorisation": "share of generated recordings nearer to training than to test recordings; 0.5: none",
     "probe_grade": "a linear reader finds the grade in the text's vector",
