@@ -1445,6 +1445,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'medgen_nb/pcg/condition.py'),
                                          'medgen_nb.pcg.condition.read_note': ( 'pcg_condition.html#read_note',
                                                                                 'medgen_nb/pcg/condition.py'),
+                                         'medgen_nb.pcg.condition.refuse_nonsense': ( 'pcg_condition.html#refuse_nonsense',
+                                                                                      'medgen_nb/pcg/condition.py'),
                                          'medgen_nb.pcg.condition.say': ('pcg_condition.html#say', 'medgen_nb/pcg/condition.py'),
                                          'medgen_nb.pcg.condition.second_level': ( 'pcg_condition.html#second_level',
                                                                                    'medgen_nb/pcg/condition.py'),

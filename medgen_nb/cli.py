@@ -254,10 +254,18 @@ def trained(
 @click.option("-n", "n", default=16, show_default=True, help="How many.")
 @click.option("--out", default="", help="Where to write; the format is the room's (records: a CSV file).")
 def generate(room: str, settings: tuple[str, ...], folder: str, n: int, out: str) -> None:
-    "Generate with a trained pipeline; KEY=VALUE words go to its call."
+    """Generate with a trained pipeline; KEY=VALUE words go to its call. A wrong key is answered with those that the room takes.
+
+    \b
+    medgen generate ehr -n 1000 target.428=1 --out heart_failure.csv
+    medgen generate pcg -n 4 prompt="grade IV holosystolic murmur at the apex" --out sounds
+    medgen generate cmr -n 4 LVEF=35 --out films
+    medgen generate cxr -n 8 image=film.png --out maps"""
     from medgen_nb.experiments import accept, parse_settings
     with told():
         what, words = load(room), keywords(parse_settings(settings))
+        if empty := [key for key, value in words.items() if value is None]:
+            raise ValueError(f"{empty[0]}= has no value: give one, or leave {empty[0]} out")
         if not hasattr(what.Pipeline, "write"):
             raise ValueError(f"room {room} generates nothing, it reads records: medgen predict {room} RECORD...")
         source = trained(room, folder, "model_index.json")
@@ -271,6 +279,8 @@ def generate(room: str, settings: tuple[str, ...], folder: str, n: int, out: str
         unknown = [key for key in words if key not in takes and not more]
         if unknown:
             raise ValueError(f"unknown key {', '.join(unknown)}; this pipeline takes {', '.join(takes)}")
+        if missing := [key for key in takes if parameters[key].default is inspect.Parameter.empty and parameters[key].kind is not inspect.Parameter.VAR_POSITIONAL and key not in words]:
+            raise ValueError(f"{missing[0]} is missing; say {missing[0]}=...")
         kinds = typing.get_type_hints(Pipeline.__call__)
         words = {key: value if isinstance(value, dict) else accept(value, kinds.get(key if key in takes else more, object), key) for key, value in words.items()}
         pipeline = Pipeline.from_pretrained(source)

@@ -91,7 +91,13 @@ def test_prompts():
             "mitral stenosis rather than aortic stenosis": {"condition": "MS", "outcome": "Abnormal"}}
     for text, wanted in many.items():
         assert attributes_in([read_note(text)]).iloc[0].dropna().to_dict() == wanted, text
-    for text in ("", "hello", "a lovely sound as it was"):
+    with pytest.raises(ValueError, match="empty"):
+        read_note("  ")
+    for text, why in {"grade IX murmur at the apex": "no grade IX", "grade VI early diastolic murmur": "I to IV", "grade 7 murmur": "no grade 7", "HR 900": "outside 45", "300-year-old man": "outside 0"}.items():
+        with pytest.raises(ValueError, match=why):
+            read_note(text)
+    assert read_note("grade VI holosystolic murmur, HR 45")[1] and read_note("grade IV early diastolic murmur")[1]
+    for text in ("hello", "a lovely sound as it was"):
         with pytest.raises(ValueError, match="mitral regurgitation"):
             read_note(text)
 

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['LEVELS', 'STYLES', 'SUBSETS', 'LEVEL_OF', 'NOISY', 'PACE', 'NOISE', 'AGES', 'ROMAN', 'RATE_STEP', 'SPOKEN', 'WORDS',
            'OTHER_NAMES', 'SHORT', 'KINDS', 'NODES', 'NODE', 'NODE_LEVEL', 'CLEAR', 'RAISED', 'EDGES', 'JOINED',
-           'NUMBER', 'PATTERNS', 'AGE_WORDS', 'NEGATED', 'CUT', 'TextReader', 'GRAPHS_AT_ONCE', 'LEVEL_TOLD',
+           'NUMBER', 'PATTERNS', 'AGE_WORDS', 'NEGATED', 'CUT', 'SAYABLE', 'TextReader', 'GRAPHS_AT_ONCE', 'LEVEL_TOLD',
            'LEAST_SPREAD', 'band', 'known', 'facts_of', 'edges_of', 'adjacency', 'differentials', 'age_and_sex', 'say',
            'first_level', 'second_level', 'third_level', 'write_notes', 'dictionary', 'Found', 'find_facts',
-           'attributes_in', 'read_note', 'TextEncoder', 'linear_probe', 'nodes_of', 'own_nodes', 'GraphReader',
-           'GraphEncoder', 'Heard', 'ConditionParts', 'ConditionFuser']
+           'attributes_in', 'refuse_nonsense', 'read_note', 'TextEncoder', 'linear_probe', 'nodes_of', 'own_nodes',
+           'GraphReader', 'GraphEncoder', 'Heard', 'ConditionParts', 'ConditionFuser']
 
 # %% ../../nbs/12_pcg_condition.ipynb #6a5d698a
 import math
@@ -341,6 +341,22 @@ def attributes_in(
 
 # %% ../../nbs/12_pcg_condition.ipynb #535c260b
 CUT = re.compile(r"[,;.:]|\s(?:at|in|over|with|and|from|of|the)\b")   # where a phrase may end
+SAYABLE = {"age": (0, 120), "rate": (45, 190)}   # years; beats per minute of simulated hearts
+
+
+def refuse_nonsense(
+    text: str,          # a prompt
+    told: pd.Series,    # what was understood, of ATTRIBUTES
+) -> None:
+    "Raises `ValueError` for what no heart can have: grade IX, a diastolic grade above IV, 900 beats per minute, 300 years."
+    highest = 4 if told["phase"] == "diastolic" else 6
+    for word in re.findall(r"(?i:\bgrade\s+)(\d+|(?i:[ivxlc]+)\b)", text):
+        grade = int(word) if word.isdigit() else ROMAN.index(word.upper()) if word.upper() in ROMAN else 99
+        if not 0 <= grade <= highest:
+            raise ValueError(f"there is no grade {word} of such a murmur in {text!r}: grades go from I to {ROMAN[highest]}; leave the grade out, or say 'no murmur'")
+    for name, (low, high) in SAYABLE.items():
+        if told[name] is not None and not np.isnan(told[name]) and not low <= told[name] <= high:
+            raise ValueError(f"{name} {told[name]:g} in {text!r} is outside {low} to {high}: say one inside, or nothing of it")
 
 
 def read_note(
@@ -348,7 +364,9 @@ def read_note(
 ) -> tuple[str, str, str]:
     """Sort the phrases of a prompt into the three levels, by the words they hold; the wording stays.
 
-    Raises `ValueError` with examples of what is known when nothing is understood."""
+    Raises `ValueError` for an empty prompt, with examples of what is known when nothing is understood, and for what no heart can have."""
+    if not text.strip():
+        raise ValueError('the prompt is empty; give words such as "grade III holosystolic murmur at the apex", or leave it out for a healthy heart')
     found = find_facts(text)
     if not found:
         known_words = {name: [words[0] for words in WORDS[name].values()] for name in ("site", "timing", "pitch", "condition")}
@@ -363,7 +381,9 @@ def read_note(
         if place == 0 or cuts[place] != cuts[place - 1]:
             stop = next((cut for cut in cuts[place:] if cut > cuts[place]), len(text))
             parts[piece.level].append(text[cuts[place] : stop].strip(" ,;.:"))
-    return tuple(", ".join(part) for part in parts)
+    note = tuple(", ".join(part) for part in parts)
+    refuse_nonsense(text, attributes_in([note]).iloc[0])
+    return note
 
 # %% ../../nbs/12_pcg_condition.ipynb #376b708e
 class TextEncoder(PlainEncoder):

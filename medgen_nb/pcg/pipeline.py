@@ -127,7 +127,7 @@ class HeartSounds(NamedTuple):
 
 
 STEPS, GUIDANCE = 25, 3.0   # sampling steps and guidance where none are asked for (ours)
-HEALTHY = "40-year-old woman, heart rate 70 beats per minute, heard at the apex, quiet recording, no murmur, healthy heart"   # when nothing is asked for
+HEALTHY = "40-year-old woman, heart rate 70 beats per minute, heard at the apex, quiet recording, no murmur, no extra sounds, healthy heart"   # when nothing is asked for
 FULL_SCALE = 0.99           # a louder sound is turned down to this
 
 
