@@ -521,6 +521,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'medgen_nb.cxr.data.effusion_of': ('cxr_data.html#effusion_of', 'medgen_nb/cxr/data.py'),
                                     'medgen_nb.cxr.data.expose': ('cxr_data.html#expose', 'medgen_nb/cxr/data.py'),
                                     'medgen_nb.cxr.data.heart_of': ('cxr_data.html#heart_of', 'medgen_nb/cxr/data.py'),
+                                    'medgen_nb.cxr.data.in_window': ('cxr_data.html#in_window', 'medgen_nb/cxr/data.py'),
                                     'medgen_nb.cxr.data.labels_of_chexpert': ('cxr_data.html#labels_of_chexpert', 'medgen_nb/cxr/data.py'),
                                     'medgen_nb.cxr.data.labels_of_cohen': ('cxr_data.html#labels_of_cohen', 'medgen_nb/cxr/data.py'),
                                     'medgen_nb.cxr.data.load_film': ('cxr_data.html#load_film', 'medgen_nb/cxr/data.py'),

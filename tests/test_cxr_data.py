@@ -25,11 +25,13 @@ from medgen_nb.cxr.data import (
     SQUARE_HEIGHT,
     ZONES,
     ChestRecord,
+    as_window,
     check_chexpert,
     check_covid_chestxray,
     check_covid_radiography,
     check_nih,
     crop_square,
+    in_window,
     labels_of_chexpert,
     labels_of_cohen,
     prepare,
@@ -417,3 +419,15 @@ def test_real_covid_chestxray():
     assert len(ready) == 65 and (ready.labels.covid == 1).sum() == 30 and ready.normal.sum() == 4 and ready.notes["listed for several patients"] == 3
     assert len(set(ready.patients)) == 39                                                     # of 40 numbers, two are one person
     assert ready.notes["no lung mask"] == 65 - 24 and 0.1 < ready.lungs[ready.lungs.any((1, 2))].mean() < 0.6
+
+
+def test_simulated_films_are_windowed_like_files(tmp_path):
+    films = simulate_films(6, 64, 3)
+    seen = in_window(films)
+    file = tmp_path / "film.png"
+    Image.fromarray(np.round((films.films[0] - films.films[0].min()) / np.ptp(films.films[0]) * 65535).astype(np.uint16)).save(file)
+    again = as_window(read_grey(file)[0])
+    np.testing.assert_allclose(again, seen.films[0], atol=1e-3)
+    assert np.abs(as_window(seen.films[0]) - seen.films[0]).max() < 1e-3      # a second time changes nothing
+    gain = (seen.films - seen.healthy)[films.lesions].mean() / (films.films - films.healthy)[films.lesions].mean()
+    assert gain > 1 and np.array_equal(seen.lesions, films.lesions)

@@ -117,7 +117,7 @@ def test_weights_of_rows_count():
 
 def test_labels_are_what_prompts_are_about():
     assert [label_of(prompt_of(code, finding.places[0])) for code, finding in FINDINGS.items()] == list(FINDINGS)
-    assert label_of(prompt_of("normal")) == "normal" and label_of("") == ""
+    assert label_of(prompt_of("normal")) == "normal" and label_of("") == "" and label_of("Clear lungs, no pneumothorax.") == "normal"
     artist = make_artist(words="label")
     left, right = (artist.read([prompt_of("nodule", place)])["input_ids"] for place in ("left upper zone", "right lower zone"))
     assert torch.equal(left, right) and not torch.equal(left, artist.read([prompt_of("covid")])["input_ids"])

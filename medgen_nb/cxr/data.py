@@ -14,7 +14,7 @@ __all__ = ['PLACES', 'ZONES', 'FINDINGS', 'WORDINGS', 'DEGREES', 'SIMULATOR', 'N
            'dose', 'covid_of', 'opacity_of', 'viral_of', 'effusion_of', 'nodule_of', 'cardiomegaly_of',
            'pneumothorax_of', 'expose', 'draw_findings', 'draw_places', 'simulate_films', 'some_people', 'develop',
            'simulate_vagan', 'ChestRecord', 'read_grey', 'read_mask', 'load_film', 'all_problems', 'crop_square',
-           'shrink', 'as_window', 'prepare', 'chest_set', 'pictures_below', 'rows_of', 'one_file',
+           'shrink', 'as_window', 'in_window', 'prepare', 'chest_set', 'pictures_below', 'rows_of', 'one_file',
            'read_covid_radiography', 'check_covid_radiography', 'labels_of_cohen', 'same_people',
            'read_covid_chestxray', 'check_covid_chestxray', 'read_nih', 'check_nih', 'labels_of_chexpert',
            'read_chexpert', 'check_chexpert']
@@ -464,7 +464,7 @@ def nodule_of(
     places: Sequence[str],   # (n,) of PLACES
     severity: np.ndarray,    # (n,) 0...1
 ) -> torch.Tensor:
-    "One round density, 6 to 15 per cent of the thorax's width."
+    "One round density, its diameter 7.5 to 15 per cent of the thorax's width; beyond 3 cm, about a tenth of it, a radiologist says mass."
     side, size = side_of(places), t.x.shape[-1]
     lows = [HALVES[place.split()[1]] for place in places]
     low, high = (torch.tensor([pair[k] for pair in lows])[:, None, None] for k in (0, 1))
@@ -738,11 +738,20 @@ def shrink(
     return np.asarray(Image.fromarray(picture.astype(np.float32)).resize((size, size), Image.Resampling.BOX if size < len(picture) else Image.Resampling.BILINEAR))
 
 def as_window(
-    picture: np.ndarray,   # any shape
+    picture: np.ndarray,             # any shape
+    like: np.ndarray | None = None,  # whose window; None: its own
 ) -> np.ndarray:
     "QUANTILES become -1 and 1, float32; what lies beyond is cut."
-    low, high = np.quantile(picture, QUANTILES)
+    low, high = np.quantile(picture if like is None else like, QUANTILES)
     return np.clip(2 * (picture - low) / max(high - low, 1e-6) - 1, -1, 1).astype(np.float32)
+
+
+def in_window(
+    films: ChestSet,  # simulated
+) -> ChestSet:
+    "Simulated films as files would be read: each in its own window, its healthy twin in the same. A model that learned from them reads files as it read them."
+    twins = None if films.healthy is None else np.stack([as_window(twin, film) for film, twin in zip(films.films, films.healthy)])
+    return replace(films, films=np.stack([as_window(film) for film in films.films]), healthy=twins)
 
 # %% ../../nbs/40_cxr_data.ipynb #d34aed9d
 def prepare(

@@ -8,6 +8,7 @@ __all__ = ['KL_WEIGHT', 'GROUPS', 'BETAS', 'WORDS', 'GreyVae', 'FilmVae', 'check
            'load_stable_diffusion']
 
 # %% ../../nbs/41_cxr_model.ipynb #a2c212d5
+import re
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -22,7 +23,7 @@ from ..diffusion import Predict, diffusion_loss, guide, sample
 from ..text import TextEncoder
 
 # %% ../../nbs/41_cxr_model.ipynb #3f669b16
-KL_WEIGHT = 1e-6   # of the KL in nats per film against the error per pixel (Rombach et al. 2022, appendix G: 1e-6; ours puts both per film)
+KL_WEIGHT = 1e-6   # of the KL in nats per film against the error per pixel (Rombach et al. 2022, appendix G: 1e-6; theirs puts both per film)
 
 
 class GreyVae(AutoencoderKL, ModelMixin):   # ModelMixin, which AutoencoderKL is already, has to be a name of this module: a saved pipeline looks for it here
@@ -138,8 +139,9 @@ def build_scheduler(
 def label_of(
     prompt: str,  # as `prompt_of` writes it, or a report
 ) -> str:
-    "The code of the finding that a prompt names; '' for the empty prompt. Everything that names none is 'normal': a label cannot say more."
-    return next((code for code, finding in FINDINGS.items() if finding.name.lower() in prompt.lower()), "normal") if prompt else ""
+    "The code of the finding that a prompt names; '' for the empty prompt. Everything that names none, or denies it, is 'normal': a label cannot say more."
+    named = lambda name: re.search(rf"(?<!\bno ){re.escape(name.lower())}", prompt.lower())
+    return next((code for code, finding in FINDINGS.items() if named(finding.name)), "normal") if prompt else ""
 
 # %% ../../nbs/41_cxr_model.ipynb #8541b333
 class Parts(nn.Module):

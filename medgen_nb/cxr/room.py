@@ -16,7 +16,7 @@ import pandas as pd
 
 # %% ../../nbs/45_cxr_run.ipynb #1e014e39
 from .counterfactual import VALDPipeline
-from .data import (FINDINGS, ChestSet, check_chexpert, check_covid_chestxray, check_covid_radiography, check_nih, prepare, prompt_of, read_chexpert, read_covid_chestxray, read_covid_radiography,
+from .data import (FINDINGS, ChestSet, check_chexpert, check_covid_chestxray, check_covid_radiography, check_nih, in_window, prepare, prompt_of, read_chexpert, read_covid_chestxray, read_covid_radiography,
                                 read_nih, simulate_films, simulate_vagan)
 from ..data import split_by_patient
 from ..experiments import Ablation, Reader, override
@@ -132,7 +132,7 @@ ABLATIONS = {
     "text-frozen": Ablation(LEAN | {"model.joint": False}, "X5: the encoder stays as it is while the rest is tuned"),
     **{f"strength-{s}": Ablation(MAPS | {"judge.strength": s}, "X6: another share of the way to noise") for s in (0.2, 0.4, 0.6, 0.8, 0.9)},
     **{f"guidance-{g:g}": Ablation(MAPS | {"judge.guidance": float(g)}, "X6: another scale of guidance") for g in (1, 3, 5, 7.5)},
-    "inversion": Ablation(MAPS | {"judge.mode": "inversion", "judge.strength": 0.7}, "X2: noise that leads back to the film instead of drawn noise"),
+    "inversion": Ablation(MAPS | {"judge.mode": "inversion", "judge.strength": 0.4}, "X2: noise that leads back to the film instead of drawn noise; beside strength-0.4"),
     "one-draw": Ablation(MAPS | {"judge.draws": 1}, "X3: one draw instead of eight"),
     "unsmoothed": Ablation(MAPS | {"judge.smooth": False}, "X3: the bare difference"),
     "finetune-none": Ablation(LEAN | {"tune.times": 0.0}, "X7: the base model as it is"),
@@ -193,10 +193,10 @@ def simulate(
     if config.films == "squares":
         draw = lambda n, k: simulate_vagan(n, config.size, s + k)
         return Films(draw(config.each * config.hospitals, 1), draw(config.tune, 2), draw(config.test, 3), draw(config.judge, 4), draw(config.judge, 5))
-    ours = lambda n, k: simulate_films(n, config.size, s + k, config.population)
+    ours = lambda n, k: in_window(simulate_films(n, config.size, s + k, config.population))
     few = config.judge // 3
-    pupils = lambda k: join([ours(config.judge - few, k), simulate_films(few, config.size, s + k + 10_000, config.population, np.array(["nodule", "normal"])[np.arange(few) % 2])])   # nodules are hardest to learn
-    base = join([simulate_films(config.each, config.size, s + 1, hospital) for hospital in HOSPITALS[: config.hospitals]])
+    pupils = lambda k: join([ours(config.judge - few, k), in_window(simulate_films(few, config.size, s + k + 10_000, config.population, np.array(["nodule", "normal"])[np.arange(few) % 2]))])   # nodules are hardest to learn
+    base = join([in_window(simulate_films(config.each, config.size, s + 1, hospital)) for hospital in HOSPITALS[: config.hospitals]])
     return Films(without_unseen(base), without_unseen(ours(config.tune, 2)), ours(config.test, 3), pupils(4), pupils(5))
 
 
@@ -240,7 +240,7 @@ MEANING = {
     "ssim": "structural similarity of film and counterfactual, up to 1",
     "ms_ssim": "the same on three scales",
     "ssim_outside": "the same outside the lesion",
-    "ssim_outside_floor": "of film and its copy through the autoencoder, outside the lesion: no edit can beat it",
+    "ssim_outside_floor": "of film and its copy through the autoencoder, outside the lesion: no edit that goes through the autoencoder can beat it",
     "outside_ratio": "ssim_outside over its floor",
     "pixel_auroc": "area under the ROC curve of the absolute map for lesion pixels, mean over findings",
     "pixel_auprc": "average precision, likewise",
