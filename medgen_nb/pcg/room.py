@@ -246,5 +246,5 @@ MEANING = {
     "alarm": "1: a rule of section 6 fires (in a provoked fault: the rule of that fault), 0: none does",
     "realtime_factor": "seconds of sound per second of sampling, batch of 16, Griffin-Lim included",
     "parameters": "numbers that autoencoder and denoiser have learned",
-    "train_minutes": "minutes of training, stages loaded from the cache included",
+    "train_minutes": "minutes of training of all but the judge, also where they were found in the cache",
 }
