@@ -296,7 +296,10 @@ def test_tails_and_the_unusual():
 def test_structure_and_fast_motion(hearts):
     measures = measure_masks(hearts.masks, hearts.spacing, hearts.frame_time)
     thicker = measures.assign(**{f"thickness_{k}": measures[f"thickness_{k}"] + 3 for k in range(7, 13)})
-    assert max(structure_shift(measures, measures).values()) == 0
+    same = structure_shift(measures, measures)
+    assert all(value == (1 if name.startswith("spread") else 0) for name, value in same.items()) and len(same) == 7
+    closer = measures.assign(area_LV_ED=measures["area_LV_ED"].mean() + 0.5 * (measures["area_LV_ED"] - measures["area_LV_ED"].mean()))
+    assert structure_shift(closer, measures)["spread_volume"] == pytest.approx(0.5)
     found = structure_shift(thicker, measures)
     assert found["shift_wall"] == found["structure_shift"] > 0.5 and found["shift_area"] == 0
     masks = hearts.masks

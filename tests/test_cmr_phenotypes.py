@@ -293,3 +293,9 @@ def test_sizes_and_tables_that_cannot_be(real):
         model.normalise(real.replace(real.iloc[0, 0], np.inf))
     with pytest.raises(ValueError, match="8 rows"):
         model.normalise(real).measure(real[:8])
+
+
+@pytest.mark.parametrize("wish, why", [({"LVEDV": 100.0, "LVESV": 120.0}, "LVESV = 120 is not below LVEDV = 100"), ({"AAo_max": 500.0, "AAo_min": 700.0}, "AAo_min"), ({"LVCO": 11.0, "LVSV": 40.0}, "275 beats")])
+def test_complete_refuses_what_no_heart_can_have(model, wish, why):
+    with pytest.raises(ValueError, match=why):
+        model.complete(pd.DataFrame([wish]))

@@ -60,7 +60,7 @@ def list_phenotypes() -> dict[str, Phenotype]:
                 f"{side}ESV": Phenotype("mL", "inferable", f"volume of the {name} at end-systole"),
                 f"{side}SV": Phenotype("mL", "inferable", f"stroke volume of the {name}"), f"{side}EF": Phenotype("%", "inferable", f"ejection fraction of the {name}")}
         if side == "LV":
-            out |= {"LVCO": Phenotype("L/min", "invisible", "cardiac output: needs the rate, and a video of one beat hides it"),
+            out |= {"LVCO": Phenotype("L/min", "inferable", "cardiac output; the share of the beat that systole takes tells the rate"),
                     "LVM": Phenotype("g", "inferable", "mass of the left ventricle's wall")}
     for side, name in (("LA", "left atrium"), ("RA", "right atrium")):
         out |= {f"{side}Vmax": Phenotype("mL", "invisible", f"largest volume of the {name}"),

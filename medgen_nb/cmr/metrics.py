@@ -566,11 +566,12 @@ def structure_shift(
     made: pd.DataFrame,  # from `measure_masks`
     real: pd.DataFrame,  # the same of recorded films, drawn by the same judge
 ) -> dict[str, float]:
-    "shift_volume (area at end-diastole), shift_wall (mean of six), shift_area (muscle), and structure_shift, the largest: |difference of means| in real standard deviations (M13)."
+    "shift_volume (area at end-diastole), shift_wall (mean of six), shift_area (muscle), and structure_shift, the largest: |difference of means| in real standard deviations (M13). Beside them spread_...: made over real standard deviation; below 1 everybody is alike."
     parts = {"shift_volume": ["area_LV_ED"], "shift_wall": [f"thickness_{k}" for k in MID], "shift_area": ["area_myo_ED"]}
     a, b = ({name: frame[columns].mean(axis=1) for name, columns in parts.items()} for frame in (made, real))
     shifts = {name: float(abs(a[name].mean() - b[name].mean()) / b[name].std()) for name in parts}
-    return shifts | {"structure_shift": max(shifts.values())}
+    spreads = {name.replace("shift", "spread"): float(a[name].std() / b[name].std()) for name in parts}
+    return shifts | {"structure_shift": max(shifts.values())} | spreads
 
 def rapid_motion_error(
     made: np.ndarray,  # (n, frames, h, w) masks of films that should move as `real` does: reconstructions, or twins
