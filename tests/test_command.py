@@ -98,7 +98,8 @@ def test_generate_takes_a_film(place):
     result = medgen(place, "generate", "cxr", "-n", "2", "image=film.png", "num_steps=5", "seed=0", "--out", "maps")
     assert result.returncode == 0, result.stdout + result.stderr
     assert {file.name for file in (place / "maps").iterdir()} == {"film_000.png", "maps.npz", "probabilities.json"}
-    for wrong, said in (("image=nowhere.png", "cannot be read"), ("strength=high", "strength must be"), ("imge=film.png", "unknown key imge")):
+    (place / "note.txt").write_text("no picture")
+    for wrong, said in (("image=nowhere.png", "there is no file"), ("image=note.txt", "cannot be read"), ("strength=high", "strength must be"), ("imge=film.png", "unknown key imge")):
         result = medgen(place, "generate", "cxr", "image=film.png" if wrong[:5] == "stren" else wrong, *([wrong] if wrong[:5] == "stren" else []), "--out", "none")
         assert result.returncode == 2 and said in result.stderr and not (place / "none").exists(), result.stderr
 
