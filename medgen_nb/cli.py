@@ -279,7 +279,7 @@ def generate(room: str, settings: tuple[str, ...], folder: str, n: int, out: str
         unknown = [key for key in words if key not in takes and not more]
         if unknown:
             raise ValueError(f"unknown key {', '.join(unknown)}; this pipeline takes {', '.join(takes)}")
-        if missing := [key for key in takes if parameters[key].default is inspect.Parameter.empty and parameters[key].kind is not inspect.Parameter.VAR_POSITIONAL and key not in words]:
+        if missing := [key for key in takes if parameters[key].default is inspect.Parameter.empty and key not in words]:
             raise ValueError(f"{missing[0]} is missing; say {missing[0]}=...")
         kinds = typing.get_type_hints(Pipeline.__call__)
         words = {key: value if isinstance(value, dict) else accept(value, kinds.get(key if key in takes else more, object), key) for key, value in words.items()}

@@ -492,8 +492,10 @@ def complete(
     for large, small in NARROWER.items():
         if {large, small} <= set(told) and (bad := told[small] >= told[large]).any():
             raise ValueError(f"{small} = {told[small][bad].iloc[0]:g} is not below {large} = {told[large][bad].iloc[0]:g}: correct one of them, or leave one out")
-    if {"LVCO", "LVSV"} <= set(told) and (bad := ~(1000 * told["LVCO"] / told["LVSV"]).fillna(70).between(30, 200)).any():
-        raise ValueError(f"LVCO = {told['LVCO'][bad].iloc[0]:g} and LVSV = {told['LVSV'][bad].iloc[0]:g} would be a heart of {1000 * told['LVCO'][bad].iloc[0] / told['LVSV'][bad].iloc[0]:.0f} beats per minute: correct one of them, or leave one out")
+    if {"LVCO", "LVSV"} <= set(told):
+        rate = (1000 * told["LVCO"] / told["LVSV"]).dropna()      # beats per minute
+        if len(bad := rate[~rate.between(30, 200)]):
+            raise ValueError(f"LVCO = {told['LVCO'][bad.index[0]]:g} and LVSV = {told['LVSV'][bad.index[0]]:g} would be a heart of {bad.iloc[0]:.0f} beats per minute: correct one of them, or leave one out")
     mean, std = pool.mean(), pool.std().replace(0, 1)
     rng = np.random.default_rng(seed)
     z = ((pool - mean) / std).to_numpy()

@@ -214,9 +214,9 @@ class FilmReader(ChestParts):
         "Films as the model takes them. Raises `BadRecord` for a file that cannot be read, `ValueError` for arrays of another size or range."
         size = self.unet.config.sample_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
         if isinstance(image, (str, Path)): image = [image]
-        if not isinstance(image, (np.ndarray, torch.Tensor)) and (lost := next((file for file in image if not Path(file).is_file()), None)):
-            raise ValueError(f"there is no file {lost}: correct the path, or give a film as a PNG or JPEG")
         if not isinstance(image, (np.ndarray, torch.Tensor)):
+            if lost := [file for file in image if not Path(file).is_file()]:
+                raise ValueError(f"there is no file {lost[0]}: correct the path, or give a film as a PNG or JPEG")
             image = np.stack([as_window(shrink(crop_square(read_grey(Path(file))[0]), size)) for file in image])
         x = torch.as_tensor(np.asarray(image), dtype=torch.float32)
         x = x.reshape(-1, 1, *x.shape[-2:])

@@ -193,10 +193,10 @@ def simulate(
     if config.films == "squares":
         draw = lambda n, k: simulate_vagan(n, config.size, s + k)
         return Films(draw(config.each * config.hospitals, 1), draw(config.tune, 2), draw(config.test, 3), draw(config.judge, 4), draw(config.judge, 5))
-    ours = lambda n, k: in_window(simulate_films(n, config.size, s + k, config.population))
+    ours = lambda n, k, hospital=config.population, findings=None: in_window(simulate_films(n, config.size, s + k, hospital, findings))
     few = config.judge // 3
-    pupils = lambda k: join([ours(config.judge - few, k), in_window(simulate_films(few, config.size, s + k + 10_000, config.population, np.array(["nodule", "normal"])[np.arange(few) % 2]))])   # nodules are hardest to learn
-    base = join([in_window(simulate_films(config.each, config.size, s + 1, hospital)) for hospital in HOSPITALS[: config.hospitals]])
+    pupils = lambda k: join([ours(config.judge - few, k), ours(few, k + 10_000, findings=np.array(["nodule", "normal"])[np.arange(few) % 2])])   # nodules are hardest to learn
+    base = join([ours(config.each, 1, hospital) for hospital in HOSPITALS[: config.hospitals]])
     return Films(without_unseen(base), without_unseen(ours(config.tune, 2)), ours(config.test, 3), pupils(4), pupils(5))
 
 

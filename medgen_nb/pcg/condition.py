@@ -31,7 +31,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch_geometric.nn import DenseSAGEConv
 
-from .data import ATTRIBUTES, CONDITION, CONDITIONS, EXTRAS, GRADES, INNOCENT, PITCHES, QUALITIES, SHAPES, SITES, TIMINGS, YEARS, typed
+from .data import ATTRIBUTES, CONDITION, CONDITIONS, EXTRAS, FASTEST, GRADES, INNOCENT, PITCHES, QUALITIES, SHAPES, SITES, SLOWEST, TIMINGS, YEARS, typed
 from .vae import JUDGED, RATE_BOUNDS, SNR_BOUNDS
 from ..text import TextEncoder as PlainEncoder
 
@@ -341,7 +341,7 @@ def attributes_in(
 
 # %% ../../nbs/12_pcg_condition.ipynb #535c260b
 CUT = re.compile(r"[,;.:]|\s(?:at|in|over|with|and|from|of|the)\b")   # where a phrase may end
-SAYABLE = {"age": (0, 120), "rate": (45, 190)}   # years; beats per minute of simulated hearts
+SAYABLE = {"age": (0, 120), "rate": (SLOWEST, FASTEST)}   # years; beats per minute of simulated hearts
 
 
 def refuse_nonsense(
@@ -355,8 +355,8 @@ def refuse_nonsense(
         if not 0 <= grade <= highest:
             raise ValueError(f"there is no grade {word} of such a murmur in {text!r}: grades go from I to {ROMAN[highest]}; leave the grade out, or say 'no murmur'")
     for name, (low, high) in SAYABLE.items():
-        if told[name] is not None and not np.isnan(told[name]) and not low <= told[name] <= high:
-            raise ValueError(f"{name} {told[name]:g} in {text!r} is outside {low} to {high}: say one inside, or nothing of it")
+        if pd.notna(told[name]) and not low <= told[name] <= high:
+            raise ValueError(f"{name} {told[name]:g} in {text!r} is outside {low:g} to {high:g}: say one inside, or nothing of it")
 
 
 def read_note(
