@@ -1740,6 +1740,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'medgen_nb.training.Training.to': ('training.html#training.to', 'medgen_nb/training.py'),
                                     'medgen_nb.training.accelerate': ('training.html#accelerate', 'medgen_nb/training.py'),
                                     'medgen_nb.training.averaged': ('training.html#averaged', 'medgen_nb/training.py'),
+                                    'medgen_nb.training.bf16_crawls': ('training.html#bf16_crawls', 'medgen_nb/training.py'),
                                     'medgen_nb.training.code_hash': ('training.html#code_hash', 'medgen_nb/training.py'),
                                     'medgen_nb.training.copies': ('training.html#copies', 'medgen_nb/training.py'),
                                     'medgen_nb.training.faster_precision': ('training.html#faster_precision', 'medgen_nb/training.py'),

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LOG_EVERY', 'CLEARLY_FASTER', 'WORTH_MEASURING', 'TRIALS', 'HOPELESS', 'FitConfig', 'learning_rate', 'step_seed',
            'copies', 'Training', 'averaged', 'tensors_of', 'save_training', 'restore_training', 'accelerate',
-           'faster_precision', 'update', 'take_step', 'log_step', 'fit', 'is_module', 'package_imports', 'code_hash',
-           'stages_folder', 'Stage', 'keep_stage', 'fit_stage', 'list_stages', 'prune_stages']
+           'bf16_crawls', 'faster_precision', 'update', 'take_step', 'log_step', 'fit', 'is_module', 'package_imports',
+           'code_hash', 'stages_folder', 'Stage', 'keep_stage', 'fit_stage', 'list_stages', 'prune_stages']
 
 # %% ../nbs/05_training.ipynb #40019533
 from .data import home
@@ -238,18 +238,33 @@ def accelerate(
     return Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=not on_gpu)
 
 # %% ../nbs/05_training.ipynb #4d450768
-CLEARLY_FASTER = 1.5   # times; below this the precision of float32 is worth more
+CLEARLY_FASTER = 1.4   # times; below this the precision of float32 is worth more
 WORTH_MEASURING = 0.05 # seconds of a pass in float32; a smaller model gains nothing, and its times are too noisy to decide by
 TRIALS = 3             # timed passes each way, after one to warm up
-HOPELESS = 5           # times slower in its first pass: a CPU without bf16 products, no need to go on
+HOPELESS = 5           # times slower in a small product: a CPU without bf16 instructions, on which a single pass of a model may take minutes
 
 # %% ../nbs/05_training.ipynb #a8b0f054
+def bf16_crawls() -> bool:
+    "Whether this CPU multiplies bf16 matrices hopelessly more slowly than float32 ones; some milliseconds, best of five."
+    best = []
+    for dtype in (torch.float32, torch.bfloat16):
+        a, times = torch.ones(128, 128, dtype=dtype), []
+        for _ in range(5):
+            started = time.perf_counter()
+            a @ a
+            times.append(time.perf_counter() - started)
+        best.append(min(times))
+    return best[1] > HOPELESS * best[0]
+
+# %% ../nbs/05_training.ipynb #77a591b3
 def faster_precision(
     model: nn.Module,                # on the CPU; stays as it is
     batch: dict[str, torch.Tensor],  # one batch
     adversary: nn.Module | None,     # as in `fit`
 ) -> str:                            # fp32 | bf16
     "Which precision trains this model faster on this CPU: median of forward and backward passes of a copy."
+    if bf16_crawls():
+        return "fp32"
     model, adversary = copy.deepcopy((model, adversary))
     medians = {}
     for precision in ("fp32", "bf16"):
@@ -260,8 +275,6 @@ def faster_precision(
                 loss = model.loss(batch) if adversary is None else model.loss(batch, adversary)
             loss.backward()
             times.append(time.perf_counter() - started)
-            if precision == "bf16" and times[0] > HOPELESS * medians["fp32"]:
-                return "fp32"
         medians[precision] = float(np.median(times[1:]))
         if medians["fp32"] < WORTH_MEASURING:
             return "fp32"

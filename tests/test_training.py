@@ -145,6 +145,11 @@ def test_measuring_leaves_the_model_alone():
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters())) and all(p.grad is None for p in model.parameters())
 
 
+def test_a_cpu_that_crawls_in_bf16_is_not_asked_for_a_pass(monkeypatch):
+    monkeypatch.setattr(training_module, "bf16_crawls", lambda: True)
+    assert training_module.faster_precision(None, POINTS, None) == "fp32"
+
+
 def test_save_every_must_fit_the_history():
     with pytest.raises(ValueError, match="multiple of 10"):
         FitConfig(save_every=15)

@@ -115,7 +115,7 @@ class Config:
     eye_fit: FitConfig = field(default_factory=lambda: FitConfig(steps=300, batch_size=16, lr=3e-3, warmup=20, ema=0.0, save_every=100))
     vae_fit: FitConfig = field(default_factory=lambda: FitConfig(steps=600, batch_size=8, lr=2e-3, warmup=30, ema=0.98, save_every=100))
     reports_fit: FitConfig = field(default_factory=lambda: FitConfig(steps=4_000, batch_size=512, lr=2e-3, warmup=50, ema=0.0, precision="fp32", save_every=500))
-    fit: FitConfig = field(default_factory=lambda: FitConfig(steps=3_000, batch_size=16, lr=1e-3, warmup=50, weight_decay=0.01, ema=0.995, precision="bf16", save_every=100))   # bf16: 1.6 times as fast on our CPU, too near to auto's bound to be left to it
+    fit: FitConfig = field(default_factory=lambda: FitConfig(steps=3_000, batch_size=16, lr=1e-3, warmup=50, weight_decay=0.01, ema=0.995, save_every=100))
     pretrain_fit: FitConfig = field(default_factory=lambda: FitConfig(steps=400, batch_size=16, lr=2e-3, warmup=20, weight_decay=0.01, ema=0.97, save_every=100))
     tune_fit: FitConfig = field(default_factory=lambda: FitConfig(steps=150, batch_size=16, lr=1e-3, warmup=10, weight_decay=0.01, ema=0.95, save_every=50))
     start: Literal["scratch", "pretrained"] = "scratch"   # pretrained: go on from the pipeline that comes with the package

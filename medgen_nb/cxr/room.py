@@ -93,7 +93,7 @@ class Config:
     tune: TuneConfig = field(default_factory=TuneConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     judge_fit: FitConfig = field(default_factory=lambda: FitConfig(steps=700, batch_size=32, lr=4e-3, schedule="constant", warmup=20, weight_decay=0.01, ema=0.98, precision="fp32", save_every=100))
-    vae_fit: FitConfig = field(default_factory=lambda: FitConfig(steps=1_500, batch_size=8, lr=2e-3, warmup=50, ema=0.99, precision="bf16", save_every=300))
+    vae_fit: FitConfig = field(default_factory=lambda: FitConfig(steps=1_500, batch_size=8, lr=2e-3, warmup=50, ema=0.99, save_every=300))
     text_fit: FitConfig = field(default_factory=lambda: FitConfig(steps=400, batch_size=64, lr=2e-3, warmup=20, ema=0.95, precision="fp32", save_every=200))
     base_fit: FitConfig = field(default_factory=lambda: FitConfig(steps=2_500, batch_size=16, lr=1.5e-3, warmup=50, weight_decay=0.01, ema=0.99, precision="fp32", save_every=250))
     tune_fit: FitConfig = field(default_factory=lambda: FitConfig(steps=800, batch_size=16, lr=5e-4, warmup=20, weight_decay=0.01, ema=0.99, precision="fp32", save_every=200))
