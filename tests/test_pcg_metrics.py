@@ -334,10 +334,12 @@ def test_mask_peak_and_its_test():
 def test_rare_gain_needs_rare_recordings_and_pairs(table):
     y = table["condition"].numpy()
     config = FitConfig(steps=10, batch_size=16, lr=3e-3, warmup=2, ema=0.9, precision="fp32")
-    found = rare_gain(table["x"][:80], y[:80], table["x"][80:], y[80:], table["x"][80:], y[80:], sorted(set(y[80:])), config=config, device="cpu")
+    more = table["x"][80:], y[80:]
+    found, same = rare_gain(table["x"][:80], y[:80], {"more": more, "again": more}, *more, sorted(set(y[80:])), config=config, device="cpu").values()
+    assert found.both.value == same.both.value, "equal additions give equal classifiers"
     assert found.gain.value == pytest.approx(found.both.value - found.real.value) and found.chance == pytest.approx(1 / 17)
     with pytest.raises(ValueError, match="rare"):
-        rare_gain(table["x"], y, table["x"], y, table["x"], y, [99])
+        rare_gain(table["x"], y, {"again": (table["x"], y)}, table["x"], y, [99])
 
 
 def test_hear_is_the_probes_argmax(probe, table):

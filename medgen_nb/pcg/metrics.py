@@ -645,33 +645,32 @@ class RareGain(NamedTuple):
 
 # %% ../../nbs/15_pcg_metrics.ipynb #b15a1443
 def rare_gain(
-    real_x: torch.Tensor | np.ndarray,       # (n, 1, 52, 312)
-    real_y: np.ndarray,                      # (n,) numbers of conditions
-    synthetic_x: torch.Tensor | np.ndarray,  # (m, 1, 52, 312)
-    synthetic_y: np.ndarray,                 # (m,)
-    test_x: torch.Tensor | np.ndarray,       # (k, 1, 52, 312) other patients
-    test_y: np.ndarray,                      # (k,)
-    rare: Sequence[int],                     # numbers of the rare conditions
-    seed: int = 0,                           # of weights and order
-    config: FitConfig = STUDENT,             # the same for both classifiers
-    device: str = "auto",                    # auto | cpu | cuda
-) -> RareGain:
-    "What synthetic recordings add to a classifier trained for equally many steps. Raises `ValueError` when the test set holds no rare recording."
+    real_x: torch.Tensor | np.ndarray,  # (n, 1, 52, 312)
+    real_y: np.ndarray,                 # (n,) numbers of conditions
+    additions: Mapping[str, tuple[torch.Tensor | np.ndarray, np.ndarray]],  # what is tried: synthetic recordings (m, 1, 52, 312) and their conditions (m,), by name
+    test_x: torch.Tensor | np.ndarray,  # (k, 1, 52, 312) other patients
+    test_y: np.ndarray,                 # (k,)
+    rare: Sequence[int],                # numbers of the rare conditions
+    seed: int = 0,                      # of weights and order
+    config: FitConfig = STUDENT,        # the same for all classifiers
+    device: str = "auto",               # auto | cpu | cuda
+) -> dict[str, RareGain]:               # for each addition
+    "What additions give to a classifier trained for equally many steps; the one without is trained once. Raises `ValueError` when the test set holds no rare recording."
     rare, test_y = np.asarray(rare), np.asarray(test_y)
     if not np.isin(test_y, rare).any():
         raise ValueError(f"no test recording has one of the rare conditions {rare.tolist()}; choose classes that occur, or a larger test set")
-    sets = [(as_tensor(real_x), torch.tensor(list(real_y))), (as_tensor(synthetic_x), torch.tensor(list(synthetic_y)))]
-    said = []
-    for chosen in (sets[:1], sets):
+    as_set = lambda x, y: (as_tensor(x), torch.tensor(list(y)))
+    real, said = as_set(real_x, real_y), {}
+    for name, sets in {None: [real]} | {name: [real, as_set(*added)] for name, added in additions.items()}.items():
         torch.manual_seed(seed)
         net = ConditionNet(48)
-        x, y = (torch.cat(parts) for parts in zip(*chosen))
+        x, y = (torch.cat(parts) for parts in zip(*sets))
         for _ in fit(net, loader({"x": x, "y": y}, config.batch_size, seed), config, seed, device=device):
             pass
         with torch.no_grad():
-            said.append(torch.cat([net.cpu()(part).argmax(1) for part in as_tensor(test_x).split(ROWS)]).numpy())
+            said[name] = torch.cat([net.cpu()(part).argmax(1) for part in as_tensor(test_x).split(ROWS)]).numpy()
     rows = np.flatnonzero(np.isin(test_y, rare))
-    score = lambda answers, chosen: balanced(test_y[rows][chosen], answers[rows][chosen], len(CONDITION))
+    score = lambda name, chosen: balanced(test_y[rows][chosen], said[name][rows][chosen], len(CONDITION))
     measure = lambda statistic: bootstrap(statistic, len(rows))
-    return RareGain(measure(lambda chosen: score(said[0], chosen)), measure(lambda chosen: score(said[1], chosen)),
-                    measure(lambda chosen: score(said[1], chosen) - score(said[0], chosen)), 1 / len(CONDITION))
+    only = measure(lambda chosen: score(None, chosen))
+    return {name: RareGain(only, measure(lambda chosen: score(name, chosen)), measure(lambda chosen: score(name, chosen) - score(None, chosen)), 1 / len(CONDITION)) for name in additions}
