@@ -233,7 +233,7 @@ class CPGGPipeline(FilmWriter):
         n: int = 1,                            # films per row
         num_steps: int = 16,                   # rounds of decoding (released script)
         guidance_scale: float = 3.0,           # 1 follows the phenotypes, above 1 exaggerates them (released script)
-        guidance: Literal["constant", "linear"] = "constant",               # over the rounds
+        guidance: Literal["constant", "linear"] = "linear",                 # over the rounds: up to the scale, or all of it in every round
         solver: Literal["dpm-solver++", "ancestral"] = "dpm-solver++",      # of the token head
         head_steps: int | None = None,         # of the solver; None: 15 and 100
         bf16: bool = False,                    # products in bfloat16

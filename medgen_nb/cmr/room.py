@@ -88,7 +88,7 @@ class MarConfig:
 class JudgeConfig:
     "Sampling and evaluation."
     guidance: float = 3.0     # scale (released)
-    ramp: Literal["constant", "linear"] = "constant"   # over the rounds (released)
+    ramp: Literal["constant", "linear"] = "linear"     # over the rounds: up to the scale, as in MAR and in the released training script; the released sampling script keeps it constant and overshoots (run ramp-constant)
     rounds: int = 16          # of decoding, at most one per token (released)
     solver: Literal["dpm-solver++", "ancestral"] = "dpm-solver++"   # of the token head (released: ancestral; claim M10)
     head_steps: int = 15      # of the solver (released: 100)
@@ -153,6 +153,7 @@ ABLATIONS = {
     "vq": Ablation(LEAN | {"mar.kind": "quantised"}, "M3: codes and cross-entropy instead of numbers and a diffusion loss"),
     "raster": Ablation(LEAN | {"mar.order": "raster", "judge.rounds": 1_000}, "M4, M8: one token after the other, frame blocks first"),
     **{f"guidance-{scale}": Ablation(LEAN | {"judge.guidance": float(scale)}, "M9: another scale of guidance") for scale in (0, 1, 5, 10)},
+    "ramp-constant": Ablation(LEAN | {"judge.ramp": "constant"}, "M9: the full guidance in every round, as in the released sampling script"),
     **{f"token-steps-{k}": Ablation(LEAN | {"judge.solver": "ancestral", "judge.head_steps": k}, f"M10: {k} ancestral steps per token") for k in (100, 50, 25, 10)},
     "patch-2": Ablation(LEAN | {"mar.patch": (2, 2, 2)}, "M11: tokens of two latent frames instead of five"),
     "phenotype-normal": Ablation(LEAN | {"reports.prior": "normal", "reports.noise": False, "reports.beta": 0.01}, "M12: reports drawn as in the released code, without modes"),
