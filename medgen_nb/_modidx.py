@@ -1338,6 +1338,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'medgen_nb.ledger.constant': ('ledger.html#constant', 'medgen_nb/ledger.py'),
                                   'medgen_nb.ledger.digest': ('ledger.html#digest', 'medgen_nb/ledger.py'),
                                   'medgen_nb.ledger.estimate_of': ('ledger.html#estimate_of', 'medgen_nb/ledger.py'),
+                                  'medgen_nb.ledger.folded': ('ledger.html#folded', 'medgen_nb/ledger.py'),
+                                  'medgen_nb.ledger.glance': ('ledger.html#glance', 'medgen_nb/ledger.py'),
                                   'medgen_nb.ledger.hardware': ('ledger.html#hardware', 'medgen_nb/ledger.py'),
                                   'medgen_nb.ledger.holds': ('ledger.html#holds', 'medgen_nb/ledger.py'),
                                   'medgen_nb.ledger.house_style': ('ledger.html#house_style', 'medgen_nb/ledger.py'),

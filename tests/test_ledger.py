@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from medgen_nb.data import BadRecord
-from medgen_nb.ledger import Claim, Run, append_run, judge, read_claims, read_runs, record, refresh, verdicts
+from medgen_nb.ledger import Claim, Run, append_run, judge, read_claims, read_runs, readme_blocks, record, refresh, verdicts
 from medgen_nb.metrics import bootstrap, flatten
 
 RUN = Run(room="ehr", name="base", scale="teach", seed=0, data="simulated", fingerprint="f", metrics={"cmd": 0.1}, minutes=1.0, commit="c" * 40, clean=True)
@@ -160,3 +160,14 @@ def test_bad_claims_are_named(tmp_path, text, reason):
 def test_refresh_wants_its_block():
     with pytest.raises(ValueError, match="expected one block"):
         refresh("no block", {"results": "x"})
+
+
+def test_readme_opens_with_a_line_per_room():
+    runs = [made("base", seed, 0.5) for seed in range(3)] + [made("a", seed, 0.3) for seed in range(3)]
+    claims = [replace(BETTER, others=("a",)), replace(BETTER, id="U", ours="nobody", others=("a",)), replace(BETTER, id="V", room="pcg", others=("a",))]
+    blocks = readme_blocks(runs, claims)
+    head, first, second = (line.strip("| ").split(" | ") for line in blocks["results"].splitlines()[0:4] if "---" not in line)
+    counts = [dict(zip(head, line)) for line in (first, second)]
+    assert counts[0]["room"] == "ehr" and counts[0]["recorded runs"] == "6" and counts[0]["replicated"] == "1" and counts[0]["not run yet"] == "1"
+    assert counts[1]["room"] == "pcg" and counts[1]["recorded runs"] == "0" and counts[1]["not run yet"] == "1"
+    assert blocks["claims"].count("<details>") == blocks["claims"].count("</details>") == 1 and "replicated (simulated)" in blocks["claims"]
