@@ -20,8 +20,7 @@ $(READY): settings.ini setup.py pyproject.toml
 demo: $(READY)
 	@rm -rf runs/demo
 	@rooms=$$($(BIN)/medgen list --names) && test -n "$$rooms" && for room in $$rooms; do \
-		OMP_NUM_THREADS=1 $(BIN)/medgen run $$room --scale demo --out runs/demo/$$room || exit 1; done
-	@$(BIN)/medgen report runs/demo/*
+		OMP_NUM_THREADS=1 $(BIN)/medgen run $$room --scale demo --out runs/demo/$$room && $(BIN)/medgen report runs/demo/* || exit 1; done
 
 test: $(READY)
 	OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(BIN)/nbdev-test --n-workers 2
