@@ -1755,6 +1755,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'medgen_nb.training.log_step': ('training.html#log_step', 'medgen_nb/training.py'),
                                     'medgen_nb.training.package_imports': ('training.html#package_imports', 'medgen_nb/training.py'),
                                     'medgen_nb.training.prune_stages': ('training.html#prune_stages', 'medgen_nb/training.py'),
+                                    'medgen_nb.training.read_code': ('training.html#read_code', 'medgen_nb/training.py'),
                                     'medgen_nb.training.restore_training': ('training.html#restore_training', 'medgen_nb/training.py'),
                                     'medgen_nb.training.save_training': ('training.html#save_training', 'medgen_nb/training.py'),
                                     'medgen_nb.training.stages_folder': ('training.html#stages_folder', 'medgen_nb/training.py'),

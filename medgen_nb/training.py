@@ -6,7 +6,7 @@
 __all__ = ['LOG_EVERY', 'CLEARLY_FASTER', 'WORTH_MEASURING', 'TRIALS', 'HOPELESS', 'FitConfig', 'learning_rate', 'step_seed',
            'copies', 'Training', 'averaged', 'tensors_of', 'save_training', 'restore_training', 'accelerate',
            'bf16_crawls', 'faster_precision', 'update', 'take_step', 'log_step', 'fit', 'is_module', 'package_imports',
-           'code_hash', 'stages_folder', 'Stage', 'keep_stage', 'fit_stage', 'list_stages', 'prune_stages']
+           'read_code', 'code_hash', 'stages_folder', 'Stage', 'keep_stage', 'fit_stage', 'list_stages', 'prune_stages']
 
 # %% ../nbs/05_training.ipynb #40019533
 from .data import home
@@ -14,6 +14,7 @@ from .data import home
 # %% ../nbs/05_training.ipynb #c75018b7
 import ast
 import copy
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -404,6 +405,21 @@ def package_imports(
     return {name for name in found if name.startswith(package + ".") and is_module(name)}
 
 # %% ../nbs/05_training.ipynb #30734d9b
+@functools.cache
+def read_code(
+    module: str,  # full name
+    source: str,  # its text
+) -> tuple[frozenset[str], str]:  # modules of its package that it imports; its code without comments and docstrings
+    "What of a module's text decides a result. Remembered: a run asks for each of its stages, and parsing takes a second or more."
+    tree = ast.parse(source)
+    imports = frozenset(package_imports(module, tree))
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(getattr(body[0], "value", None), ast.Constant):
+            node.body = body[1:]   # a docstring
+    return imports, ast.dump(tree)
+
+
 def code_hash(
     *modules: ModuleType,  # the modules whose code decides a result
 ) -> str:
@@ -411,13 +427,8 @@ def code_hash(
     pending, seen = {module.__name__ for module in modules}, {}
     while pending:
         name = pending.pop()
-        tree = ast.parse(Path(importlib.util.find_spec(name).origin).read_text(encoding="utf-8"))
-        pending |= package_imports(name, tree) - seen.keys()
-        for node in ast.walk(tree):
-            body = getattr(node, "body", None)
-            if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(getattr(body[0], "value", None), ast.Constant):
-                node.body = body[1:]   # a docstring
-        seen[name] = ast.dump(tree)
+        imports, seen[name] = read_code(name, Path(importlib.util.find_spec(name).origin).read_text(encoding="utf-8"))
+        pending |= imports - seen.keys()
     return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()[:16]
 
 # %% ../nbs/05_training.ipynb #48332e20
