@@ -60,7 +60,7 @@ class Run:
     scale: str                  # smoke | demo | teach | paper
     seed: int                   # of initial weights, data order, sampling
     data: str                   # data set, "simulated" or a reader's name
-    fingerprint: str            # of the data that were read
+    fingerprint: str            # of the data that were read: who is in them (`identity`, notebook 01)
     metrics: dict               # flat: name, name_lo, name_hi, name_n
     minutes: float              # wall time of the run
     overrides: dict = field(default_factory=dict)   # dotted keys that -p changed

@@ -2,6 +2,7 @@
 
 import io
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel
@@ -165,6 +166,8 @@ def test_another_population():
     assert np.isclose(prevalences(0).sum(), 1) and not np.allclose(prevalences(0), prevalences(1))
     here, there = simulate_hearts(6, seed=1), simulate_hearts(6, seed=1, population=1)
     assert here.fingerprint != there.fingerprint and not set(here.patients) & set(there.patients)
+    rounded = replace(here, videos=np.nextafter(here.videos, np.float32(9)))
+    assert rounded.fingerprint != here.fingerprint and rounded.identity == here.identity != there.identity
 
 
 # ---------------------------------------------------------------- pictures

@@ -2,6 +2,7 @@
 
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,8 @@ def test_same_seed_same_records():
     one, again, other = simulate_ecgs(7, seed=1), simulate_ecgs(7, seed=1), simulate_ecgs(7, seed=2)
     assert one.fingerprint == again.fingerprint != other.fingerprint
     assert np.array_equal(one.truth["fiducials"], again.truth["fiducials"])
+    rounded = replace(one, signals=np.nextafter(one.signals, np.float32(9)))
+    assert rounded.fingerprint != one.fingerprint and rounded.identity == one.identity == again.identity != other.identity
     elsewhere = simulate_ecgs(7, seed=1, population=1)
     assert elsewhere.fingerprint != one.fingerprint and not set(elsewhere.ids) & set(one.ids)
 

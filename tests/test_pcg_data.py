@@ -2,6 +2,7 @@
 
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,8 @@ def test_snr_is_what_it_says(sounds):
 def test_seeds_and_populations():
     one, again, other = simulate_sounds(5, seed=1), simulate_sounds(5, seed=1), simulate_sounds(5, seed=2)
     assert one.fingerprint == again.fingerprint != other.fingerprint and np.array_equal(one.truth["tracks"], again.truth["tracks"])
+    rounded = replace(one, waves=np.nextafter(one.waves, np.float32(9)))
+    assert rounded.fingerprint != one.fingerprint and rounded.identity == one.identity == again.identity != other.identity
     elsewhere = simulate_sounds(5, seed=1, population=1)
     assert elsewhere.fingerprint != one.fingerprint and not set(elsewhere.ids) & set(one.ids)
     without = simulate_sounds(5, seed=1, tracks=False)

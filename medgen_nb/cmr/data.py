@@ -36,7 +36,7 @@ import torch
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from ..data import BadRecord, fingerprint, gather, problems
+from ..data import BadRecord, fingerprint, gather, identity, problems
 
 # %% ../../nbs/20_cmr_data.ipynb #9cc043be
 @dataclass(frozen=True)
@@ -888,6 +888,11 @@ class CineSet:
         "A short hash of everything but masks, motion and `rejected`."
         names = [str(name) for name in (*self.groups, *self.patients)]
         return fingerprint(self.videos, self.phenotypes.to_csv(index=False), self.spacing, self.frame_time, names)
+
+    @property
+    def identity(self) -> str:
+        "Whose films these are, for the ledger."
+        return identity(self.phenotypes, self.groups, self.patients, self.videos)
 
     def rows(self, index: np.ndarray | Sequence[int] | slice) -> "CineSet":
         "These people only: row numbers, a mask or a slice."

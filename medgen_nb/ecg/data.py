@@ -38,7 +38,7 @@ import pandas as pd
 import wfdb
 from scipy.signal import fftconvolve, find_peaks, firwin, resample_poly
 
-from ..data import BadRecord, fingerprint, gather, problems
+from ..data import BadRecord, fingerprint, gather, identity, problems
 
 # %% ../../nbs/50_ecg_data.ipynb #b370227e
 LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
@@ -708,6 +708,11 @@ class EcgSet:
     def fingerprint(self) -> str:
         "A short hash of everything but `rejected` and `truth`."
         return fingerprint(self.signals, self.labels, str(self.fs), self.age, self.sex, self.ids, self.patients)
+
+    @property
+    def identity(self) -> str:
+        "Whose recordings these are, for the ledger."
+        return identity(self.labels, self.age, self.sex, self.ids, self.patients, self.signals)
 
     def rows(self, indices: np.ndarray | Sequence[int] | slice) -> "EcgSet":
         "These recordings only: row numbers, a mask or a slice. The truth goes along."

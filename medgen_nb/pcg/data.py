@@ -40,7 +40,7 @@ import torch
 import torchaudio
 from scipy.signal import resample_poly
 
-from ..data import BadRecord, fingerprint, gather, problems
+from ..data import BadRecord, fingerprint, gather, identity, problems
 
 # %% ../../nbs/10_pcg_data.ipynb #73c5ab3b
 FS, SECONDS = 4000, 5.0                    # Hz as in CirCor; s of a crop (the paper does not say: ours)
@@ -495,6 +495,11 @@ class PcgSet:
     def fingerprint(self) -> str:
         "A short hash of everything but `rejected` and `truth`."
         return fingerprint(self.waves, str(self.fs), self.attributes.to_csv(index=False), self.states, self.ids, self.patients)
+
+    @property
+    def identity(self) -> str:
+        "Whose recordings these are, for the ledger."
+        return identity(self.attributes, self.ids, self.patients, self.waves)
 
     def rows(self, indices: np.ndarray | Sequence[int] | slice) -> "PcgSet":
         "These recordings only: row numbers, a mask or a slice. The truth goes along."
