@@ -661,7 +661,7 @@ def rare_gain(
         raise ValueError(f"no test recording has one of the rare conditions {rare.tolist()}; choose classes that occur, or a larger test set")
     as_set = lambda x, y: (as_tensor(x), torch.tensor(list(y)))
     real, said = as_set(real_x, real_y), {}
-    for name, sets in {None: [real]} | {name: [real, as_set(*added)] for name, added in additions.items()}.items():
+    for name, sets in [(None, [real]), *((name, [real, as_set(*added)]) for name, added in additions.items())]:
         torch.manual_seed(seed)
         net = ConditionNet(48)
         x, y = (torch.cat(parts) for parts in zip(*sets))
