@@ -196,7 +196,7 @@ PARTS = 16   # of a set of signals; strengths of so many parts tell another simu
 
 
 def identity(
-    *parts: "np.ndarray | pd.DataFrame | Sequence",  # tables, columns, texts; arrays of two or more dimensions and floating type are signals, people first
+    *parts: object,  # DataFrames, columns, lists of texts; arrays of two or more dimensions and floating type are signals, people first
 ) -> str:
     "Sixteen hex digits of who is in a set and how strong their signals are; the same on machines that round otherwise. Order counts. For the ledger: caches need `fingerprint`."
     def rough(value: object) -> str:
