@@ -493,7 +493,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'medgen_nb.cxr.data.ChestSet.__len__': ('cxr_data.html#chestset.__len__', 'medgen_nb/cxr/data.py'),
                                     'medgen_nb.cxr.data.ChestSet.fingerprint': ( 'cxr_data.html#chestset.fingerprint',
                                                                                  'medgen_nb/cxr/data.py'),
-                                    'medgen_nb.cxr.data.ChestSet.identity': ('cxr_data.html#chestset.identity', 'medgen_nb/cxr/data.py'),
                                     'medgen_nb.cxr.data.ChestSet.main': ('cxr_data.html#chestset.main', 'medgen_nb/cxr/data.py'),
                                     'medgen_nb.cxr.data.ChestSet.normal': ('cxr_data.html#chestset.normal', 'medgen_nb/cxr/data.py'),
                                     'medgen_nb.cxr.data.ChestSet.rows': ('cxr_data.html#chestset.rows', 'medgen_nb/cxr/data.py'),

@@ -33,7 +33,7 @@ import torch
 from PIL import Image, ImageDraw
 from scipy.ndimage import gaussian_filter
 
-from ..data import BadRecord, fingerprint, gather, identity
+from ..data import BadRecord, fingerprint, gather
 
 # %% ../../nbs/40_cxr_data.ipynb #ca110915
 PLACES = ("left upper zone", "left lower zone", "right upper zone", "right lower zone", "both lungs", "heart")
@@ -130,11 +130,6 @@ class ChestSet:
     def fingerprint(self) -> str:
         "A short hash of films, labels, places, severity, reports and patients."
         return fingerprint(self.films, self.labels.to_csv(index=False), self.severity, [str(name) for name in (*self.places, *self.reports, *self.patients)])
-
-    @property
-    def identity(self) -> str:
-        "Whose films these are, for the ledger."
-        return identity(self.labels, self.severity, self.places, self.patients, self.films)
 
     @property
     def normal(self) -> np.ndarray:
