@@ -406,6 +406,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'medgen_nb.cmr.vae.StraightLine.encode': ('cmr_vae.html#straightline.encode', 'medgen_nb/cmr/vae.py'),
                                    'medgen_nb.cmr.vae.StraightLine.start': ('cmr_vae.html#straightline.start', 'medgen_nb/cmr/vae.py'),
                                    'medgen_nb.cmr.vae.balance': ('cmr_vae.html#balance', 'medgen_nb/cmr/vae.py'),
+                                   'medgen_nb.cmr.vae.motion_error': ('cmr_vae.html#motion_error', 'medgen_nb/cmr/vae.py'),
                                    'medgen_nb.cmr.vae.outliers': ('cmr_vae.html#outliers', 'medgen_nb/cmr/vae.py'),
                                    'medgen_nb.cmr.vae.pairs_at': ('cmr_vae.html#pairs_at', 'medgen_nb/cmr/vae.py')},
             'medgen_nb.cxr.baselines': { 'medgen_nb.cxr.baselines.Repairs': ('cxr_baselines.html#repairs', 'medgen_nb/cxr/baselines.py'),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from sklearn.decomposition import PCA
 
-from medgen_nb.cmr.vae import CineVae, FrameNet, Lpips, PatchCritic, balance, outliers, pairs_at
+from medgen_nb.cmr.vae import CineVae, FrameNet, Lpips, PatchCritic, balance, motion_error, outliers, pairs_at
 from medgen_nb.data import loader
 from medgen_nb.training import FitConfig, fit
 
@@ -58,6 +58,27 @@ def test_fit_moves_every_part_and_lowers_the_loss(x, eye, features, critic):
         pass
     still = [name for name, p in vae.named_parameters() if torch.equal(p, before[name])]
     assert not still and np.isfinite(state.history[-1]["loss"])
+
+
+def test_motion_error_minds_changes_alone_around_the_whole_circle(x):
+    assert motion_error(x, x) == 0 and motion_error(x, x + 0.2) < 1e-6, "a film that is brighter in every frame moves the same"
+    late = x.clone()
+    late[:, :, 3] += 0.4   # one frame of eight is off: it changes twice, into the frame and out of it
+    assert motion_error(x, late).item() == pytest.approx(2 * 0.4 / 8, rel=1e-4)
+    first = x.clone()
+    first[:, :, 0] += 0.4
+    assert motion_error(x, first).item() == pytest.approx(2 * 0.4 / 8, rel=1e-4), "after the last frame comes the first"
+
+
+def test_the_price_of_motion_joins_the_loss(x):
+    still, moving = build(), CineVae(WIDTHS, STRIDES, 1, LATENT, 1e-3, 0.0, 0.0, motion=2.0)
+    moving.load_state_dict(still.state_dict())
+    losses = []
+    for vae in (still, moving):
+        torch.manual_seed(1)
+        losses.append(vae.loss({"x": x}).item())
+    torch.manual_seed(1)
+    assert losses[1] - losses[0] == pytest.approx(2 * motion_error(x, still(x)[0]).item(), rel=1e-3)
 
 
 def test_the_critic_pushes_as_hard_as_the_error_pulls(x):

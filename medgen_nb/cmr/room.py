@@ -46,6 +46,7 @@ class VaeConfig:
     beta: float = 1e-3        # price of a nat, per pixel
     features: float = 0.0     # weight of the feature loss; its eye learns from films
     critic: float = 0.0       # weight of the patch critic
+    motion: float = 1.0       # weight of the error in changes from frame to frame (ours; released: none)
 
 # %% ../../nbs/26_cmr_run.ipynb #2f426141
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ SCALE_CHANGES = {
              "judge.curve": 0, "judge.replicates": 50, "segmenter_fit.steps": 150, "reader_fit.steps": 150, "fit.steps": 30, "fit.lr": 2e-4, "fit.warmup": 5, "fit.ema": 0.9, "fit.save_every": 10},
     # the released code's numbers; how many people it learned from is not known
     "paper": {"data.train": 20_000, "data.test": 2_000, "data.frames": 50, "data.size": 96, "vae.widths": (128, 256, 512, 512), "vae.strides": ((1, 2, 2), (1, 2, 2), (2, 2, 2), (1, 1, 1)), "vae.blocks": 2,
-              "vae.channels": 16, "vae.beta": 1e-6, "vae.features": 0.1, "vae.critic": 0.05, "mar.width": 768, "mar.depth": 12, "mar.heads": 12, "mar.slots": 64, "mar.head_width": 1024, "mar.repeats": 4,
+              "vae.channels": 16, "vae.beta": 1e-6, "vae.features": 0.1, "vae.critic": 0.05, "vae.motion": 0.0, "mar.width": 768, "mar.depth": 12, "mar.heads": 12, "mar.slots": 64, "mar.head_width": 1024, "mar.repeats": 4,
               "mar.dropout": 0.1, "mar.says": "epsilon", "mar.places": "random", "vae_fit.steps": 100_000, "vae_fit.batch_size": 10, "vae_fit.lr": 8e-4, "vae_fit.save_every": 1_000, "fit.steps": 125_000, "fit.batch_size": 64,
               "fit.lr": 8e-4, "fit.warmup": 31_000, "fit.schedule": "constant", "fit.ema": 0.9999, "fit.clip": 3.0, "fit.save_every": 1_000},
 }
@@ -152,6 +153,7 @@ ABLATIONS = {
     **{f"phenotypes-{k}": Ablation(LEAN | {"mar.told": k}, f"M2: told {k} of the 82 phenotypes") for k in (0, 1, 5, 20)},
     "vq": Ablation(LEAN | {"mar.kind": "quantised"}, "M3: codes and cross-entropy instead of numbers and a diffusion loss"),
     "raster": Ablation(LEAN | {"mar.order": "raster", "judge.rounds": 1_000}, "M4, M8: one token after the other, frame blocks first"),
+    "motion-0": Ablation(LEAN | {"vae.motion": 0.0}, "M8: an autoencoder that is judged frame by frame, as the released one"),
     **{f"guidance-{scale}": Ablation(LEAN | {"judge.guidance": float(scale)}, "M9: another scale of guidance") for scale in (0, 1, 5, 10)},
     "ramp-constant": Ablation(LEAN | {"judge.ramp": "constant"}, "M9: the full guidance in every round, as in the released sampling script"),
     **{f"token-steps-{k}": Ablation(LEAN | {"judge.solver": "ancestral", "judge.head_steps": k}, f"M10: {k} ancestral steps per token") for k in (100, 50, 25, 10)},
