@@ -1340,6 +1340,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'medgen_nb.ledger.compare': ('ledger.html#compare', 'medgen_nb/ledger.py'),
                                   'medgen_nb.ledger.comparisons': ('ledger.html#comparisons', 'medgen_nb/ledger.py'),
                                   'medgen_nb.ledger.constant': ('ledger.html#constant', 'medgen_nb/ledger.py'),
+                                  'medgen_nb.ledger.counted': ('ledger.html#counted', 'medgen_nb/ledger.py'),
                                   'medgen_nb.ledger.digest': ('ledger.html#digest', 'medgen_nb/ledger.py'),
                                   'medgen_nb.ledger.estimate_of': ('ledger.html#estimate_of', 'medgen_nb/ledger.py'),
                                   'medgen_nb.ledger.folded': ('ledger.html#folded', 'medgen_nb/ledger.py'),

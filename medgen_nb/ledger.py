@@ -7,7 +7,7 @@ __all__ = ['COLOURS', 'EVIDENCE_SCALES', 'RULES', 'MIN_SEEDS', 'MIN_SPEARMAN', '
            'Run', 'hardware', 'code_state', 'append_run', 'read_runs', 'read_run', 'check_evidence', 'record', 'Claim',
            'read_claims', 'estimate_of', 'Verdict', 'holds', 'constant', 'scaled', 'by_seed', 'comparisons', 'steady',
            'judge', 'same_patients', 'verdicts', 'summarise', 'claims_table', 'refresh', 'to_markdown', 'compare',
-           'glance', 'folded', 'readme_blocks', 'write_readme', 'digest', 'check']
+           'glance', 'counted', 'folded', 'readme_blocks', 'write_readme', 'digest', 'check']
 
 # %% ../nbs/07_ledger.ipynb #e798542d
 import hashlib
@@ -466,6 +466,14 @@ def glance(
                          for room in dict.fromkeys(claim.room for claim in claims)])
 
 
+def counted(
+    n: int,     # of them
+    word: str,  # singular
+) -> str:
+    "A number and its word: 1 claim, 2 claims."
+    return f"{n} {word}" + ("" if n == 1 else "s")
+
+
 def folded(
     title: str,  # shown
     body: str,   # Markdown that a click shows
@@ -482,11 +490,11 @@ def readme_blocks(
     table, shown, told = claims_table(claims, runs), [], []
     for room, data, scale in dict.fromkeys((run.room, run.data, run.scale) for run in runs):
         mine = [run for run in runs if (run.room, run.data, run.scale) == (room, data, scale)]
-        shown.append(folded(f"<b>{room}</b>, {data} data, {scale} scale: {len({run.name for run in mine})} kinds of runs", to_markdown(compare(mine, [claim for claim in claims if claim.room == room]))))
+        shown.append(folded(f"<b>{room}</b>, {data} data, {scale} scale: {counted(len({run.name for run in mine}), 'named run')}", to_markdown(compare(mine, [claim for claim in claims if claim.room == room]))))
     for room in dict.fromkeys(claim.room for claim in claims):
         part = table[table["claim"].isin([claim.id for claim in claims if claim.room == room]) & ~table["verdict"].isin(["not run yet", "not testable here"])]
         if len(part):
-            told.append(folded(f"<b>{room}</b>: {part['claim'].nunique()} claims", to_markdown(part[["claim", "says", "paper", "verdict", "evidence"]])))
+            told.append(folded(f"<b>{room}</b>: {counted(part['claim'].nunique(), 'claim')}", to_markdown(part[["claim", "says", "paper", "verdict", "evidence"]])))
     return {"results": "\n\n".join([to_markdown(glance(runs, claims, table)), *shown]) if runs else "No runs are recorded yet.", "claims": "\n\n".join(told) or "No runs are recorded yet."}
 
 # %% ../nbs/07_ledger.ipynb #de6982a9
