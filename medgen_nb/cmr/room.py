@@ -77,7 +77,8 @@ class MarConfig:
     repeats: int = 2          # times that a token is used in a step (released: 4)
     dropout: float = 0.0      # (released: 0.1, for 400 epochs)
     order: Literal["random", "raster"] = "random"            # in which tokens are revealed
-    kind: Literal["continuous", "quantised"] = "continuous"  # of tokens
+    kind: Literal["continuous", "quantised", "pixels"] = "continuous"  # of tokens; pixels: no tokens and no autoencoder, but the rival of claim M4
+    pixel_widths: tuple[int, ...] = (16, 32, 64)   # channels of the rival's levels
     groups: int = 20          # pieces of a quantised token
     codes: int = 64           # for each piece
     steps: int = 1_000        # T of the head's diffusion (released)
@@ -152,6 +153,8 @@ ABLATIONS = {
     "base": Ablation({}, "M1, M4, M7, M12, M13: the paper's method, everything measured"),
     **{f"phenotypes-{k}": Ablation(LEAN | {"mar.told": k}, f"M2: told {k} of the 82 phenotypes") for k in (0, 1, 5, 20)},
     "vq": Ablation(LEAN | {"mar.kind": "quantised"}, "M3: codes and cross-entropy instead of numbers and a diffusion loss"),
+    # as many minutes of training as autoencoder and transformer take together; a film drawn at once needs less guidance
+    "pixel-diffusion": Ablation(LEAN | {"mar.kind": "pixels", "fit.steps": 1_700, "judge.guidance": 1.5, "judge.head_steps": 25}, "M4: no autoencoder and no tokens, a diffusion of all pixels of a film"),
     "raster": Ablation(LEAN | {"mar.order": "raster", "judge.rounds": 1_000}, "M4, M8: one token after the other, frame blocks first"),
     "motion-0": Ablation(LEAN | {"vae.motion": 0.0}, "M8: an autoencoder that is judged frame by frame, as the released one"),
     **{f"guidance-{scale}": Ablation(LEAN | {"judge.guidance": float(scale)}, "M9: another scale of guidance") for scale in (0, 1, 5, 10)},
