@@ -10,8 +10,10 @@ import torch
 from medgen_nb.cmr.data import PHENOTYPES, draw_population, phenotypes_of, read_ukb, simulate_hearts
 from medgen_nb.cmr.mar import MaskedAutoregressor, decode_slowly, token_scheduler
 from medgen_nb.cmr.phenotypes import PhenotypeVae
-from medgen_nb.cmr.pipeline import SOLVERS, CPGGPipeline, decode, frame_time_of, see_all, table_of
+from medgen_nb.cmr.pipeline import SOLVERS, CPGGPipeline, PixelDiffusion, decode, frame_time_of, see_all, table_of
 from medgen_nb.cmr.vae import CineVae
+from medgen_nb.data import loader
+from medgen_nb.training import FitConfig, fit
 
 LATENT, PATCH = (2, 4, 4, 4), (2, 2, 2)   # 8 tokens of 16 numbers
 
@@ -155,3 +157,38 @@ def test_settings_that_cannot_be_are_refused(pipeline, settings, said):
 def test_rate_and_frames_make_the_frame_time():
     assert frame_time_of(pd.DataFrame({"LVSV": [80.0], "LVCO": [4.8]}), 20)[0] == pytest.approx(1 / 20), "60 beats a minute, 20 frames"
     assert table_of(None, {}).isna().all().all()
+
+
+def pixels(frames=6, size=16, untold=0.5):
+    torch.manual_seed(0)
+    return PixelDiffusion(frames, size, len(PHENOTYPES), (8, 16), untold, 100)
+
+
+def test_the_pixel_rival_learns_and_draws_the_same_films_again(wanted):
+    rival, told = pixels(), wanted.clone()
+    told[0, 5] = torch.nan   # unknown is the mean
+    films = torch.linspace(-1, 1, 3 * 6 * 16 * 16).view(3, 1, 6, 16, 16)
+    for state in fit(rival, loader({"x": films, "phenotypes": told}, 3, 0), FitConfig(steps=40, batch_size=3, lr=3e-3, warmup=1, ema=0, save_every=40, precision="fp32")):
+        pass
+    assert state.history[-1]["loss"] < state.history[0]["loss"]
+    rival.eval()
+    once, again, other = (rival.draw(told, 4, 2.0, seeded(k)) for k in (0, 0, 1))
+    assert once.shape == (3, 1, 6, 16, 16) and once.abs().max() <= 1
+    assert torch.equal(once, again) and not torch.equal(once, other)
+
+
+def test_guidance_of_the_pixel_rival_leaves_one_alone_and_hears_the_report(wanted):
+    rival = pixels().eval()
+    for part in rival.parameters():
+        part.data += 0.05 * torch.randn(part.shape, generator=seeded(1))
+    plain, unguided = rival.draw(wanted, 3, 1.0, seeded()), rival.draw(wanted, 3, 1.0 + 1e-6, seeded())
+    torch.testing.assert_close(plain, unguided, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(plain, rival.draw(wanted + 1, 3, 1.0, seeded())), "another report, another film"
+    torch.testing.assert_close(rival.draw(wanted, 3, 0.0, seeded()), rival.draw(wanted + 1, 3, 0.0, seeded()), msg="at 0 nobody listens")
+
+
+def test_the_pixel_rival_refuses_films_that_cannot_be_halved():
+    with pytest.raises(ValueError, match="halved"):
+        pixels(size=15)
+    with pytest.raises(ValueError, match="multiple of 8"):
+        PixelDiffusion(6, 16, 3, (8, 12), 0.1, 100)
