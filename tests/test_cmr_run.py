@@ -18,12 +18,15 @@ ALWAYS = {"vae_error", "vae_error_heart", "vae_dice", "vae_psnr", "vae_ssim", "p
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_every_line_of_the_grid_runs(run_cells, tmp_path, name):
     metrics = run_cells("26_cmr_run", name=name)
-    assert not {m for m in ALWAYS if m not in metrics}
+    tokens = name != "pixel-diffusion"   # the rival has no tokens to reveal one by one, and no CPGGPipeline
+    assert {m for m in ALWAYS if m not in metrics} == (set() if tokens else {"seconds_per_video_raster"})
     assert ("downstream_r2" in metrics) == (name.startswith("pretrain") or name == "augmentation")
-    made = CPGGPipeline.from_pretrained(tmp_path / "run" / "pipeline")(LVEF=50, seed=0, num_steps=2, solver="dpm-solver++", head_steps=3)
-    assert made.videos.shape == (1, 20, 24, 24) and np.isfinite(made.videos).all() and made.phenotypes["LVEF"][0] == 50
+    assert (tmp_path / "run" / "pipeline").is_dir() == tokens
+    if tokens:
+        made = CPGGPipeline.from_pretrained(tmp_path / "run" / "pipeline")(LVEF=50, seed=0, num_steps=2, solver="dpm-solver++", head_steps=3)
+        assert made.videos.shape == (1, 20, 24, 24) and np.isfinite(made.videos).all() and made.phenotypes["LVEF"][0] == 50
     captions = json.loads((tmp_path / "run" / "figures" / "captions.json").read_text())
-    assert {"2-films.gif", "7-order.gif"} <= set(captions)
+    assert ({"2-films.gif", "7-order.gif"} if tokens else {"2-films.gif"}) <= set(captions)
     measured = {m for m in metrics if not m.endswith(("_lo", "_hi", "_n", "_floor", "_trivial"))}
     assert measured <= set(MEANING), sorted(measured - set(MEANING))
 
