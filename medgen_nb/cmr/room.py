@@ -153,7 +153,7 @@ ABLATIONS = {
     "base": Ablation({}, "M1, M4, M7, M12, M13: the paper's method, everything measured"),
     **{f"phenotypes-{k}": Ablation(LEAN | {"mar.told": k}, f"M2: told {k} of the 82 phenotypes") for k in (0, 1, 5, 20)},
     "vq": Ablation(LEAN | {"mar.kind": "quantised"}, "M3: codes and cross-entropy instead of numbers and a diffusion loss"),
-    # as many minutes of training as autoencoder and transformer take together; a film drawn at once needs less guidance
+    # about as many minutes of training as autoencoder and transformer take together (by timing single steps); a film drawn at once needs less guidance
     "pixel-diffusion": Ablation(LEAN | {"mar.kind": "pixels", "fit.steps": 1_700, "judge.guidance": 1.5, "judge.head_steps": 25}, "M4: no autoencoder and no tokens, a diffusion of all pixels of a film"),
     "raster": Ablation(LEAN | {"mar.order": "raster", "judge.rounds": 1_000}, "M4, M8: one token after the other, frame blocks first"),
     "motion-0": Ablation(LEAN | {"vae.motion": 0.0}, "M8: an autoencoder that is judged frame by frame, as the released one"),
